@@ -1,0 +1,2 @@
+//! Placeholder until its part lands.
+pub mod commands;
