@@ -1,0 +1,1 @@
+"""What the Python tests and the demo share: a model, servers, load."""

@@ -1,0 +1,198 @@
+"""Writes a small random Llama model: real weights, a tokenizer trained on the spot, a chat template.
+
+The same arguments give the same bytes. The weights are scaled so that attention is peaked and the output layer is not tied to the
+embedding: what the model says depends on the whole context, so a block of KV with wrong bytes shows in the tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+
+ATTENTION_GAIN = 1.6
+"""Standard deviation of queries and keys; attention scores then spread by its square, about 2.6."""
+
+LOGIT_GAIN = 2.0
+"""Standard deviation of the logits: keeps the two best tokens apart by far more than float noise."""
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+
+CHAT_TEMPLATE = (
+    "<s>{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Size of a model. `hidden` must be `heads * head_dim`."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    dtype: str
+    vocab: int = 1024
+    positions: int = 32768
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes, all layers."""
+        width = 4 if self.dtype == "float32" else 2
+        return 2 * self.layers * self.kv_heads * self.head_dim * width
+
+
+PRESETS = {
+    "tiny": Shape(layers=2, hidden=128, heads=4, kv_heads=2, intermediate=256, dtype="float32"),
+    "demo": Shape(layers=8, hidden=512, heads=8, kv_heads=4, intermediate=1536, dtype="bfloat16"),
+}
+
+
+def words(count: int, seed: int) -> str:
+    """Pseudo-English of `count` words, the same on every machine and Python version."""
+    rng = random.Random(seed)
+    syllables = [c + v for c in "bcdfghjklmnprstvwz" for v in ("a", "e", "i", "o", "u", "ar", "en", "is", "ot")]
+    lexicon = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(2000)]
+    return " ".join(rng.choices(lexicon, k=count))
+
+
+def write_tokenizer(folder: Path, vocab: int) -> None:
+    """A byte-level BPE tokenizer with exactly `vocab` entries and the chat template."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([words(20_000, seed=7)], trainer)
+    if tokenizer.get_vocab_size() != vocab:
+        raise SystemExit(f"the tokenizer has {tokenizer.get_vocab_size()} entries, not {vocab}: choose a smaller --vocab")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 32768,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def write_config(folder: Path, shape: Shape) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": shape.positions,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": SPECIAL_TOKENS.index("<s>"),
+        "eos_token_id": SPECIAL_TOKENS.index("</s>"),
+        "torch_dtype": shape.dtype,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"], "do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+
+
+def weights(shape: Shape, seed: int) -> dict[str, np.ndarray]:
+    """All tensors of the model in float32, keyed by their names in the checkpoint."""
+    rng = np.random.default_rng(seed)
+
+    def matrix(rows: int, columns: int, gain: float) -> np.ndarray:
+        return (rng.standard_normal((rows, columns)) * (gain / math.sqrt(columns))).astype(np.float32)
+
+    def ones() -> np.ndarray:
+        return np.ones(shape.hidden, dtype=np.float32)
+
+    kv_width = shape.kv_heads * shape.head_dim
+    tensors = {"model.embed_tokens.weight": rng.standard_normal((shape.vocab, shape.hidden)).astype(np.float32)}
+    for layer in range(shape.layers):
+        name = f"model.layers.{layer}."
+        tensors[name + "input_layernorm.weight"] = ones()
+        tensors[name + "self_attn.q_proj.weight"] = matrix(shape.hidden, shape.hidden, ATTENTION_GAIN)
+        tensors[name + "self_attn.k_proj.weight"] = matrix(kv_width, shape.hidden, ATTENTION_GAIN)
+        tensors[name + "self_attn.v_proj.weight"] = matrix(kv_width, shape.hidden, 1.0)
+        tensors[name + "self_attn.o_proj.weight"] = matrix(shape.hidden, shape.hidden, 1.0)
+        tensors[name + "post_attention_layernorm.weight"] = ones()
+        tensors[name + "mlp.gate_proj.weight"] = matrix(shape.intermediate, shape.hidden, 1.0)
+        tensors[name + "mlp.up_proj.weight"] = matrix(shape.intermediate, shape.hidden, 1.0)
+        tensors[name + "mlp.down_proj.weight"] = matrix(shape.hidden, shape.intermediate, 1.0)
+    tensors["model.norm.weight"] = ones()
+    tensors["lm_head.weight"] = matrix(shape.vocab, shape.hidden, LOGIT_GAIN)
+    return tensors
+
+
+def write_weights(folder: Path, shape: Shape, seed: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    dtype = getattr(torch, shape.dtype)
+    tensors = {name: torch.from_numpy(value).to(dtype) for name, value in weights(shape, seed).items()}
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def make_model(folder: Path, shape: Shape, seed: int = 1) -> Path:
+    """Writes the model into `folder` unless the same one is there already; returns `folder`."""
+    stamp = folder / "greenroom-model.json"
+    wanted = json.dumps({"shape": dataclasses.asdict(shape), "seed": seed, "format": 1}, indent=1, sort_keys=True) + "\n"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    write_config(folder, shape)
+    write_tokenizer(folder, shape.vocab)
+    write_weights(folder, shape, seed)
+    stamp.write_text(wanted)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    for size in ("layers", "hidden", "heads", "kv-heads", "intermediate", "vocab"):
+        parser.add_argument(f"--{size}", type=int)
+    given = vars(parser.parse_args())
+    names = {field.name for field in dataclasses.fields(Shape)}
+    changed = {name: value for name, value in given.items() if name in names and value is not None}
+    shape = dataclasses.replace(PRESETS[given["preset"]], **changed)
+    if shape.hidden != shape.heads * shape.head_dim:
+        parser.error("--hidden must be a multiple of --heads")
+    make_model(given["folder"], shape, given["seed"])
+    print(f"{given['folder']}: {shape}, {shape.kv_bytes_per_token()} bytes of KV per token")
+
+
+if __name__ == "__main__":
+    main()
