@@ -1,0 +1,118 @@
+//! Pins: counted "do not evict", each call of `pin` one record with a time to live. Advice, so always breakable.
+//!
+//! Owns the records and the budget, never a slot.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use crate::error::StoreError;
+use crate::ids::{PinId, Space};
+use crate::lease::Term;
+use crate::slots::Held;
+
+/// Longest life of a pin; longer ones are cut to it. Who needs more pins again.
+pub const PIN_TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Most pins at a time; further ones are clipped whole.
+pub const PINS_MAX: usize = 65_536;
+
+#[derive(Debug)]
+pub(crate) struct Pin {
+    pub(crate) space: Space,
+    pub(crate) held: Vec<Held>,
+    expires: Instant,
+}
+
+#[derive(Debug)]
+pub(crate) struct Pins {
+    records: BTreeMap<PinId, Pin>,
+    due: BTreeSet<(Instant, PinId)>,
+    next_id: u64,
+    budget: usize,
+}
+
+impl Pins {
+    pub(crate) fn new(budget: usize) -> Self {
+        Self {
+            records: BTreeMap::new(),
+            due: BTreeSet::new(),
+            next_id: 1,
+            budget,
+        }
+    }
+
+    /// Whether one more pin fits that brings the number of pinned slots to `pinned`.
+    pub(crate) fn has_room_for(&self, pinned: usize) -> bool {
+        self.records.len() < PINS_MAX && pinned <= self.budget
+    }
+
+    pub(crate) fn add(&mut self, space: Space, held: Vec<Held>, term: Term) -> PinId {
+        assert!(self.records.len() < PINS_MAX, "a pin beyond the limit");
+        assert!(!held.is_empty(), "a pin of nothing");
+        let id = PinId(self.next_id);
+        self.next_id += 1;
+        let expires = term.now + term.ttl.min(PIN_TTL_MAX);
+        self.due.insert((expires, id));
+        self.records.insert(
+            id,
+            Pin {
+                space,
+                held,
+                expires,
+            },
+        );
+        id
+    }
+
+    pub(crate) fn take(&mut self, id: PinId) -> Result<Pin, StoreError> {
+        let pin = self.records.remove(&id).ok_or(StoreError::UnknownPin)?;
+        self.due.remove(&(pin.expires, id));
+        Ok(pin)
+    }
+
+    /// Pins whose time is over, earliest first.
+    pub(crate) fn due(&self, now: Instant) -> Vec<PinId> {
+        self.due
+            .iter()
+            .take_while(|(expires, _)| *expires <= now)
+            .map(|&(_, id)| id)
+            .collect()
+    }
+
+    /// Pins that `wanted` picks, oldest first.
+    pub(crate) fn select(&self, wanted: impl Fn(&Pin) -> bool) -> Vec<PinId> {
+        self.records
+            .iter()
+            .filter(|(_, pin)| wanted(pin))
+            .map(|(&id, _)| id)
+            .collect()
+    }
+
+    pub(crate) fn next_expiry(&self) -> Option<Instant> {
+        self.due.first().map(|&(expires, _)| expires)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Pin> {
+        self.records.values()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    /// Panics if the schedule and the records disagree, or the budget is overdrawn; for the audit.
+    pub(crate) fn check(&self, pinned: usize) {
+        let due: BTreeSet<_> = self
+            .records
+            .iter()
+            .map(|(&id, pin)| (pin.expires, id))
+            .collect();
+        assert!(due == self.due, "the pin schedule is not that of the pins");
+        assert!(
+            pinned <= self.budget,
+            "{pinned} slots pinned on a budget of {}",
+            self.budget
+        );
+        assert!(self.records.len() <= PINS_MAX, "more pins than allowed");
+    }
+}
