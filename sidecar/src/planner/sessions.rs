@@ -1,0 +1,613 @@
+//! Sessions: who is in a turn, who waits for a tool, and how much each one's KV is wanted on the GPU.
+//!
+//! Owns the session table and the tool statistics. Takes `now`, returns values; never touches the store or an engine.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use kvstore::{BlockHash, NamespaceId};
+
+use super::durations::{Durations, is_human};
+use crate::commands::{CommandError, SessionName, ToolEnd, ToolProgress, ToolStart};
+use crate::engine::frames::{Residence, Wish};
+
+/// Sessions remembered; the least recently used one that is neither in a turn nor in a tool goes first.
+pub const SESSIONS_MAX: usize = 4096;
+/// Parallel tool calls of one session.
+pub const CALLS_MAX: usize = 64;
+/// How long after a turn its blocks are held when nobody said what comes next.
+const HOLD_UNKNOWN: Duration = Duration::from_secs(2);
+/// Longest hold (policy: the fast head of the tool distribution; the rest is brought back by event).
+const HOLD_MAX: Duration = Duration::from_secs(10);
+/// How long a session that is due stays wanted when its request does not come.
+const DUE_MAX: Duration = Duration::from_secs(30);
+
+/// Names a session inside the sidecar and on the engine protocol; never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionKey(pub u64);
+
+/// Names an engine connection's owner inside the sidecar.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EngineKey(pub u64);
+
+/// A running tool call.
+#[derive(Clone, Debug)]
+struct Call {
+    id: Option<String>,
+    tool: String,
+    started: Instant,
+    /// The client's word on when it ends.
+    due: Option<Instant>,
+}
+
+/// Why a session that runs no tool is expected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Expected {
+    /// Nothing is known.
+    Unknown,
+    /// Its tools have ended, or a hint said so: the next request is due.
+    Due {
+        /// When it was said.
+        since: Instant,
+        /// When it is expected.
+        at: Instant,
+    },
+}
+
+/// One agent run or conversation.
+#[derive(Clone, Debug)]
+pub struct Session {
+    /// Its key.
+    pub key: SessionKey,
+    /// Its name; made up for sessions that no client named.
+    pub name: SessionName,
+    /// The engine and namespace of its last turn.
+    pub home: Option<(EngineKey, NamespaceId)>,
+    /// Full blocks of its last turn.
+    pub chain: Vec<BlockHash>,
+    /// How many of them were prompt.
+    pub prompt_blocks: usize,
+    /// Turns so far.
+    pub turns: u64,
+    /// Where its blocks are, as the engine last said.
+    pub residence: Residence,
+    /// Leading blocks on the GPU, as the engine last said.
+    pub gpu_blocks: u64,
+    running: u32,
+    turn_ended: Option<Instant>,
+    calls: Vec<Call>,
+    expected: Expected,
+    last_used: Instant,
+}
+
+/// What an engine should do for one session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Want {
+    /// How much.
+    pub wish: Wish,
+    /// When it is expected back.
+    pub expected: Option<Instant>,
+    /// How long from now its blocks should be held.
+    pub hold: Duration,
+}
+
+impl Session {
+    /// Whether a request of it is being served.
+    pub fn is_active(&self) -> bool {
+        self.running > 0
+    }
+
+    /// The tool that it waits for, if any; the first of several.
+    pub fn tool(&self) -> Option<&str> {
+        self.calls.first().map(|call| call.tool.as_str())
+    }
+
+    /// The state that the API shows.
+    pub fn state(&self) -> &'static str {
+        if self.is_active() {
+            return "active";
+        }
+        match (self.home, self.residence) {
+            (None, _) => "dropped",
+            (_, Residence::Hold) => "hold",
+            (_, Residence::Shadow) => "shadow",
+            (_, Residence::Host) => "host",
+            (_, Residence::Loading) => "loading",
+            (_, Residence::Ready) => "ready",
+        }
+    }
+
+    fn waits_for_person(&self) -> bool {
+        self.calls.iter().any(|call| is_human(&call.tool))
+    }
+}
+
+/// The session table.
+#[derive(Debug, Default)]
+pub struct Sessions {
+    table: HashMap<SessionKey, Session>,
+    names: HashMap<SessionName, SessionKey>,
+    /// Last full prompt block → session, for requests that name no session.
+    prompts: HashMap<BlockHash, SessionKey>,
+    durations: Durations,
+    next_key: u64,
+}
+
+impl Sessions {
+    /// The session of that key.
+    pub fn get(&self, key: SessionKey) -> Option<&Session> {
+        self.table.get(&key)
+    }
+
+    /// The session of that name.
+    pub fn find(&self, name: &SessionName) -> Option<&Session> {
+        self.table.get(self.names.get(name)?)
+    }
+
+    /// All of them, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = &Session> {
+        self.table.values()
+    }
+
+    /// A request began. Without a name it joins the session whose last prompt is the longest prefix of this one and
+    /// which is not in a turn, else it begins a session of its own. Returns the session and whether that is new.
+    ///
+    /// # Errors
+    /// [`CommandError::TooManySessions`] when all that are remembered are in use.
+    pub fn turn_started(
+        &mut self,
+        name: Option<SessionName>,
+        home: (EngineKey, NamespaceId),
+        chain: &[BlockHash],
+        now: Instant,
+    ) -> Result<SessionKey, CommandError> {
+        let found = match &name {
+            Some(name) => self.names.get(name).copied(),
+            None => self.longest_prompt(home.1, chain),
+        };
+        let key = match found {
+            Some(key) => key,
+            None => self.create(name, now)?,
+        };
+        self.unlink_prompt(key);
+        if let Some(session) = self.table.get_mut(&key) {
+            session.home = Some(home);
+            session.chain = chain.to_vec();
+            session.prompt_blocks = chain.len();
+            session.running += 1;
+            session.turns += 1;
+            session.calls.clear();
+            session.expected = Expected::Unknown;
+            session.last_used = now;
+        }
+        if let Some(last) = chain.last() {
+            self.prompts.insert(*last, key);
+        }
+        Ok(key)
+    }
+
+    /// A request ended with these full blocks.
+    pub fn turn_ended(&mut self, key: SessionKey, chain: &[BlockHash], now: Instant) {
+        let Some(session) = self.table.get_mut(&key) else { return };
+        session.running = session.running.saturating_sub(1);
+        session.chain = chain.to_vec();
+        session.prompt_blocks = session.prompt_blocks.min(chain.len());
+        session.turn_ended = Some(now);
+        session.last_used = now;
+        session.residence = Residence::Hold;
+        session.gpu_blocks = u64::try_from(chain.len()).unwrap_or(u64::MAX);
+    }
+
+    /// An engine is gone: its sessions are in no turn any more and have nothing on the GPU.
+    pub fn engine_left(&mut self, engine: EngineKey) {
+        for session in self.table.values_mut().filter(|s| s.home.is_some_and(|(home, _)| home == engine)) {
+            session.running = 0;
+            session.residence = Residence::Host;
+            session.gpu_blocks = 0;
+        }
+    }
+
+    /// The engine's news of a session.
+    pub fn moved(&mut self, key: SessionKey, residence: Residence, gpu_blocks: u64) {
+        if let Some(session) = self.table.get_mut(&key) {
+            session.residence = residence;
+            session.gpu_blocks = gpu_blocks;
+        }
+    }
+
+    /// A tool began; an unknown session is created.
+    ///
+    /// # Errors
+    /// [`CommandError::TooManySessions`], [`CommandError::TooManyCalls`].
+    pub fn tool_start(&mut self, name: &SessionName, start: ToolStart, now: Instant) -> Result<SessionKey, CommandError> {
+        let key = match self.names.get(name) {
+            Some(key) => *key,
+            None => self.create(Some(name.clone()), now)?,
+        };
+        let session = self.table.get_mut(&key).ok_or(CommandError::UnknownSession)?;
+        // The same call said twice is one call: a harness may retry.
+        session.calls.retain(|call| call.id.is_none() || call.id != start.call_id);
+        if session.calls.len() == CALLS_MAX {
+            return Err(CommandError::TooManyCalls);
+        }
+        let due = start.eta.map(|eta| now + eta);
+        session.calls.push(Call { id: start.call_id, tool: start.tool, started: now, due });
+        session.expected = Expected::Unknown;
+        session.last_used = now;
+        Ok(key)
+    }
+
+    /// News of a running tool.
+    ///
+    /// # Errors
+    /// [`CommandError::UnknownSession`], [`CommandError::UnknownCall`].
+    pub fn tool_progress(
+        &mut self,
+        name: &SessionName,
+        progress: &ToolProgress,
+        now: Instant,
+    ) -> Result<SessionKey, CommandError> {
+        let key = *self.names.get(name).ok_or(CommandError::UnknownSession)?;
+        let session = self.table.get_mut(&key).ok_or(CommandError::UnknownSession)?;
+        let call = session
+            .calls
+            .iter_mut()
+            .rev()
+            .find(|call| progress.call_id.is_none() || call.id == progress.call_id)
+            .ok_or(CommandError::UnknownCall)?;
+        if let Some(eta) = progress.eta {
+            call.due = Some(now + eta);
+        } else if let Some(fraction) = progress.fraction.filter(|f| *f > 0.0) {
+            // Remaining = e·(1 − p)/p: the work so far extrapolated.
+            let elapsed = now.saturating_duration_since(call.started);
+            call.due = Some(now + elapsed.mul_f64(((1.0 - fraction) / fraction).clamp(0.0, 1e6)));
+        }
+        session.last_used = now;
+        Ok(key)
+    }
+
+    /// A tool ended. With the last one the session is due.
+    ///
+    /// # Errors
+    /// [`CommandError::UnknownSession`], [`CommandError::UnknownCall`].
+    pub fn tool_end(&mut self, name: &SessionName, end: &ToolEnd, now: Instant) -> Result<SessionKey, CommandError> {
+        let key = *self.names.get(name).ok_or(CommandError::UnknownSession)?;
+        let session = self.table.get_mut(&key).ok_or(CommandError::UnknownSession)?;
+        let at = session.calls.iter().rposition(|call| end.call_id.is_none() || call.id == end.call_id);
+        match at {
+            Some(at) => {
+                let call = session.calls.remove(at);
+                self.durations.observe(&call.tool, now.saturating_duration_since(call.started));
+            }
+            // An end without a start still says that the agent comes back; an unknown id among known ones does not.
+            None if end.call_id.is_none() && !session.is_active() => {}
+            None => return Err(CommandError::UnknownCall),
+        }
+        if session.calls.is_empty() {
+            session.expected = Expected::Due { since: now, at: now };
+        }
+        session.last_used = now;
+        Ok(key)
+    }
+
+    /// A prefetch hint: the session is due.
+    pub fn expect(&mut self, key: SessionKey, eta: Duration, now: Instant) {
+        if let Some(session) = self.table.get_mut(&key) {
+            session.expected = Expected::Due { since: now, at: now + eta };
+            session.last_used = now;
+        }
+    }
+
+    /// A retain hint: the session counts as just used.
+    pub fn retain(&mut self, key: SessionKey, now: Instant) {
+        if let Some(session) = self.table.get_mut(&key) {
+            session.last_used = now;
+        }
+    }
+
+    /// Forgets a session; returns it and how many of its leading blocks another session shares.
+    pub fn retire(&mut self, key: SessionKey) -> Option<(Session, usize)> {
+        self.unlink_prompt(key);
+        let session = self.table.remove(&key)?;
+        self.names.remove(&session.name);
+        let namespace = session.home.map(|(_, namespace)| namespace);
+        let shared = self
+            .table
+            .values()
+            .filter(|other| other.home.map(|(_, namespace)| namespace) == namespace)
+            .map(|other| common_prefix(&session.chain, &other.chain))
+            .max()
+            .unwrap_or(0);
+        Some((session, shared))
+    }
+
+    /// When the session is expected back; `None` when nobody knows or a person is asked.
+    pub fn expected_return(&self, key: SessionKey, now: Instant) -> Option<Instant> {
+        let session = self.table.get(&key)?;
+        if session.waits_for_person() {
+            return None;
+        }
+        // Parallel calls: the session returns with the last of them.
+        let of_calls = session.calls.iter().map(|call| {
+            call.due.unwrap_or_else(|| {
+                now + self.durations.remaining(&call.tool, now.saturating_duration_since(call.started))
+            })
+        });
+        match session.expected {
+            Expected::Due { at, .. } => Some(at),
+            Expected::Unknown => of_calls.max(),
+        }
+    }
+
+    /// What the engine should do for it now.
+    pub fn want(&self, key: SessionKey, now: Instant) -> Want {
+        const NOTHING: Want = Want { wish: Wish::Nothing, expected: None, hold: Duration::ZERO };
+        let Some(session) = self.table.get(&key).filter(|s| !s.is_active() && s.home.is_some()) else { return NOTHING };
+        let since_turn = session.turn_ended.map_or(HOLD_MAX, |at| now.saturating_duration_since(at));
+        let hold = |longest: Duration| longest.saturating_sub(since_turn);
+        match session.expected {
+            Expected::Due { since, at } => {
+                if now.saturating_duration_since(since.max(at)) >= DUE_MAX {
+                    return NOTHING;
+                }
+                Want { wish: Wish::Now, expected: Some(at), hold: at.saturating_duration_since(now) + HOLD_MAX }
+            }
+            Expected::Unknown if session.waits_for_person() => NOTHING,
+            Expected::Unknown if !session.calls.is_empty() => {
+                Want { wish: Wish::WhenRoom, expected: self.expected_return(key, now), hold: hold(HOLD_MAX) }
+            }
+            Expected::Unknown => Want { wish: Wish::Keep, expected: None, hold: hold(HOLD_UNKNOWN) },
+        }
+    }
+
+    /// When a want changes by the mere passing of time: the end of a due session's patience.
+    pub fn next_change(&self, key: SessionKey) -> Option<Instant> {
+        match self.table.get(&key)?.expected {
+            Expected::Due { since, at } => Some(since.max(at) + DUE_MAX),
+            Expected::Unknown => None,
+        }
+    }
+
+    fn longest_prompt(&self, namespace: NamespaceId, chain: &[BlockHash]) -> Option<SessionKey> {
+        chain.iter().rev().find_map(|hash| {
+            let session = self.table.get(self.prompts.get(hash)?)?;
+            let fits = !session.is_active() && session.home.is_some_and(|(_, home)| home == namespace);
+            fits.then_some(session.key)
+        })
+    }
+
+    fn unlink_prompt(&mut self, key: SessionKey) {
+        let last = self.table.get(&key).and_then(|s| s.chain.get(s.prompt_blocks.checked_sub(1)?).copied());
+        if let Some(last) = last
+            && self.prompts.get(&last) == Some(&key)
+        {
+            self.prompts.remove(&last);
+        }
+    }
+
+    fn create(&mut self, name: Option<SessionName>, now: Instant) -> Result<SessionKey, CommandError> {
+        if self.table.len() >= SESSIONS_MAX {
+            let idle = self.table.values().filter(|s| !s.is_active() && s.calls.is_empty());
+            let oldest = idle.min_by_key(|s| s.last_used).map(|s| s.key).ok_or(CommandError::TooManySessions)?;
+            self.retire(oldest);
+        }
+        self.next_key += 1;
+        let key = SessionKey(self.next_key);
+        let name = match name {
+            Some(name) => name,
+            None => SessionName::new(&format!("unnamed-{}", key.0)).map_err(|_| CommandError::UnknownSession)?,
+        };
+        self.names.insert(name.clone(), key);
+        self.table.insert(
+            key,
+            Session {
+                key,
+                name,
+                home: None,
+                chain: Vec::new(),
+                prompt_blocks: 0,
+                turns: 0,
+                residence: Residence::Host,
+                gpu_blocks: 0,
+                running: 0,
+                turn_ended: None,
+                calls: Vec::new(),
+                expected: Expected::Unknown,
+                last_used: now,
+            },
+        );
+        Ok(key)
+    }
+}
+
+/// Length of the longest common prefix of two hash chains: equal at a position means equal before it.
+fn common_prefix(a: &[BlockHash], b: &[BlockHash]) -> usize {
+    let (mut low, mut high) = (0, a.len().min(b.len()));
+    while low < high {
+        let middle = low.midpoint(high);
+        if a[middle] == b[middle] { low = middle + 1 } else { high = middle }
+    }
+    low
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOME: (EngineKey, NamespaceId) = (EngineKey(1), NamespaceId([7; 32]));
+
+    fn chain(path: &[u8]) -> Vec<BlockHash> {
+        let mut hash = [0u8; 32];
+        path.iter()
+            .enumerate()
+            .map(|(i, step)| {
+                hash[i % 32] = hash[i % 32].wrapping_mul(31).wrapping_add(*step + 1);
+                BlockHash(hash)
+            })
+            .collect()
+    }
+
+    fn name(text: &str) -> Option<SessionName> {
+        Some(SessionName::new(text).unwrap())
+    }
+
+    fn start(tool: &str) -> ToolStart {
+        ToolStart { tool: tool.into(), call_id: None, detail: None, eta: None }
+    }
+
+    const END: ToolEnd = ToolEnd { call_id: None, ok: None };
+
+    struct World {
+        sessions: Sessions,
+        now: Instant,
+    }
+
+    impl World {
+        fn new() -> Self {
+            Self { sessions: Sessions::default(), now: Instant::now() }
+        }
+        fn turn(&mut self, who: Option<&str>, path: &[u8]) -> SessionKey {
+            let name = who.and_then(name);
+            let key = self.sessions.turn_started(name, HOME, &chain(path), self.now).unwrap();
+            self.sessions.turn_ended(key, &chain(path), self.now);
+            key
+        }
+        fn wish(&self, key: SessionKey) -> Wish {
+            self.sessions.want(key, self.now).wish
+        }
+        fn pass(&mut self, seconds: u64) {
+            self.now += Duration::from_secs(seconds);
+        }
+    }
+
+    #[test]
+    fn a_tool_wait_from_start_to_return() {
+        let mut w = World::new();
+        let a = name("a").unwrap();
+        let key = w.turn(Some("a"), &[1, 2, 3]);
+        assert_eq!(w.wish(key), Wish::Keep);
+        w.sessions.tool_start(&a, start("bash"), w.now).unwrap();
+        assert_eq!(w.wish(key), Wish::WhenRoom);
+        assert!(w.sessions.expected_return(key, w.now).is_some());
+        w.pass(20);
+        assert_eq!(w.sessions.want(key, w.now).hold, Duration::ZERO);
+        w.sessions.tool_end(&a, &END, w.now).unwrap();
+        assert_eq!(w.wish(key), Wish::Now);
+        assert_eq!(w.sessions.expected_return(key, w.now), Some(w.now));
+        w.sessions.turn_started(Some(a), HOME, &chain(&[1, 2, 3, 4]), w.now).unwrap();
+        assert_eq!(w.wish(key), Wish::Nothing);
+    }
+
+    #[test]
+    fn a_due_session_that_does_not_come_is_given_up() {
+        let mut w = World::new();
+        let key = w.turn(Some("a"), &[1]);
+        w.sessions.expect(key, Duration::ZERO, w.now);
+        assert_eq!(w.wish(key), Wish::Now);
+        let change = w.sessions.next_change(key).unwrap();
+        assert_eq!(w.sessions.want(key, change).wish, Wish::Nothing);
+    }
+
+    #[test]
+    fn people_and_retired_sessions_are_not_brought_back() {
+        let mut w = World::new();
+        let key = w.turn(Some("a"), &[1, 2]);
+        w.sessions.tool_start(&name("a").unwrap(), start("AskUserQuestion"), w.now).unwrap();
+        assert_eq!(w.wish(key), Wish::Nothing);
+        assert_eq!(w.sessions.expected_return(key, w.now), None);
+        w.sessions.retire(key).unwrap();
+        assert_eq!(w.wish(key), Wish::Nothing);
+        assert!(w.sessions.find(&name("a").unwrap()).is_none());
+    }
+
+    #[test]
+    fn parallel_calls_return_with_the_last() {
+        let mut w = World::new();
+        let a = name("a").unwrap();
+        let key = w.turn(Some("a"), &[1]);
+        for (id, eta) in [("x", 5), ("y", 50)] {
+            let eta = Some(Duration::from_secs(eta));
+            let call = ToolStart { call_id: Some(id.into()), eta, ..start("bash") };
+            w.sessions.tool_start(&a, call, w.now).unwrap();
+        }
+        assert_eq!(w.sessions.expected_return(key, w.now), Some(w.now + Duration::from_secs(50)));
+        let y = ToolEnd { call_id: Some("y".into()), ok: Some(true) };
+        w.sessions.tool_end(&a, &y, w.now).unwrap();
+        assert_eq!(w.wish(key), Wish::WhenRoom);
+        assert_eq!(w.sessions.tool_end(&a, &y, w.now), Err(CommandError::UnknownCall));
+        w.sessions.tool_end(&a, &END, w.now).unwrap();
+        assert_eq!(w.wish(key), Wish::Now);
+    }
+
+    #[test]
+    fn progress_extrapolates_the_work_done() {
+        let mut w = World::new();
+        let a = name("a").unwrap();
+        let key = w.turn(Some("a"), &[1]);
+        w.sessions.tool_start(&a, start("bash"), w.now).unwrap();
+        w.pass(30);
+        let progress = ToolProgress { call_id: None, fraction: Some(0.75), eta: None };
+        w.sessions.tool_progress(&a, &progress, w.now).unwrap();
+        assert_eq!(w.sessions.expected_return(key, w.now), Some(w.now + Duration::from_secs(10)));
+    }
+
+    #[test]
+    fn unnamed_requests_join_the_longest_prompt_that_is_not_in_a_turn() {
+        let mut w = World::new();
+        let short = w.turn(None, &[1, 2]);
+        let long = w.turn(None, &[1, 2, 3, 4]);
+        // The first request's prompt is a prefix of the second's: it was the same session all along.
+        assert_eq!(short, long);
+        let other = w.turn(None, &[9, 9]);
+        assert_ne!(other, long);
+        let again = w.sessions.turn_started(None, HOME, &chain(&[1, 2, 3, 4, 5]), w.now).unwrap();
+        assert_eq!(again, long);
+        // It is active now: a twin request begins a session of its own.
+        let twin = w.sessions.turn_started(None, HOME, &chain(&[1, 2, 3, 4, 5, 6]), w.now).unwrap();
+        assert_ne!(twin, long);
+        let elsewhere = (EngineKey(1), NamespaceId([8; 32]));
+        let foreign = w.sessions.turn_started(None, elsewhere, &chain(&[9, 9, 1]), w.now).unwrap();
+        assert_ne!(foreign, other);
+    }
+
+    #[test]
+    fn the_output_need_not_match_for_a_request_to_join() {
+        let mut w = World::new();
+        let key = w.sessions.turn_started(None, HOME, &chain(&[1, 2]), w.now).unwrap();
+        w.sessions.turn_ended(key, &chain(&[1, 2, 50, 51]), w.now);
+        assert_eq!(w.turn(None, &[1, 2, 60]), key);
+    }
+
+    #[test]
+    fn retirement_spares_what_others_share() {
+        let mut w = World::new();
+        let a = w.turn(Some("a"), &[1, 2, 3, 4]);
+        w.turn(Some("b"), &[1, 2, 9]);
+        w.turn(Some("c"), &[1, 7]);
+        let (session, shared) = w.sessions.retire(a).unwrap();
+        assert_eq!((session.chain.len(), shared), (4, 2));
+    }
+
+    #[test]
+    fn a_dead_engine_takes_its_turns_along() {
+        let mut w = World::new();
+        let key = w.sessions.turn_started(name("a"), HOME, &chain(&[1]), w.now).unwrap();
+        w.sessions.engine_left(EngineKey(1));
+        let session = w.sessions.get(key).unwrap();
+        assert!(!session.is_active());
+        assert_eq!(session.state(), "host");
+    }
+
+    #[test]
+    fn the_table_is_bounded_and_spares_sessions_in_use() {
+        let mut w = World::new();
+        let busy = w.sessions.turn_started(name("busy"), HOME, &chain(&[1]), w.now).unwrap();
+        for i in 0..SESSIONS_MAX + 10 {
+            w.now += Duration::from_millis(1);
+            w.turn(Some(&format!("s{i}")), &[2]);
+        }
+        assert_eq!(w.sessions.iter().count(), SESSIONS_MAX);
+        assert!(w.sessions.get(busy).is_some());
+        assert!(w.sessions.find(&name("s0").unwrap()).is_none());
+    }
+}
