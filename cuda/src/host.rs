@@ -12,7 +12,7 @@ use std::collections::{HashMap, VecDeque};
 use std::ptr;
 use std::sync::Arc;
 
-use kvstore::ArenaMap;
+use kvstore::{ArenaMap, usize_from_u64};
 use parking_lot::{Condvar, Mutex};
 
 use crate::device::DevicePool;
@@ -77,17 +77,14 @@ impl HostEngine {
     fn copy(&self, batch: &CopyBatch) -> Result<(), CopyError> {
         let map = self.map(batch.arena)?;
         for range in &batch.ranges {
-            let outside = |_| CopyError::RangeOutside { range: *range };
-            let offset = usize::try_from(range.arena_offset).map_err(outside)?;
-            let address = usize::try_from(range.device).map_err(outside)?;
-            let bytes = usize::try_from(range.bytes).map_err(outside)?;
-            let device = ptr::with_exposed_provenance_mut::<u8>(address);
+            let bytes = usize_from_u64(range.bytes);
+            let device = ptr::with_exposed_provenance_mut::<u8>(usize_from_u64(range.device));
             // SAFETY: `submit` has checked that the range lies inside the mapping, which `self.arenas` keeps alive, and
             // inside the pool, whose creator vouched for its memory. Arena and pool are different mappings, so the two
             // sides do not overlap, and neither is covered by a Rust reference. That nobody else writes these bytes
             // meanwhile is the store's lease on the slot and the scheduler's reference on the block.
             unsafe {
-                let host = map.base().as_ptr().add(offset);
+                let host = map.base().as_ptr().add(usize_from_u64(range.arena_offset));
                 match batch.direction {
                     Direction::HostToDevice => ptr::copy_nonoverlapping(host, device, bytes),
                     Direction::DeviceToHost => ptr::copy_nonoverlapping(device, host, bytes),

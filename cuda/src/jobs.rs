@@ -244,3 +244,105 @@ impl Live {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::CopyRange;
+
+    fn job(id: u64, kind: CopyKind, bytes: u64) -> NewJob {
+        let range = CopyRange {
+            arena_offset: 0,
+            device: 4096,
+            bytes,
+        };
+        let ranges = if bytes == 0 { vec![] } else { vec![range] };
+        NewJob {
+            id: JobId(id),
+            kind,
+            arena: ArenaId(1),
+            after: ComputeMark(9),
+            cutter: Cutter::new(ranges),
+        }
+    }
+
+    fn outcomes(jobs: &mut Jobs) -> Vec<(u64, Outcome)> {
+        let ends = jobs.take_ended();
+        ends.into_iter()
+            .map(|end| (end.id.0, end.outcome))
+            .collect()
+    }
+
+    const FAILED: CopyError = CopyError::Driver {
+        operation: "copy",
+        code: 1,
+    };
+
+    #[test]
+    fn a_job_ends_when_its_last_part_has() {
+        let mut jobs = Jobs::new(4);
+        let now = Instant::now();
+        jobs.add(job(1, CopyKind::Save, 10), now);
+        let (id, batch) = jobs.take_part(CopyKind::Save, 6, now).expect("6 bytes");
+        assert_eq!((batch.bytes(), batch.after), (6, ComputeMark(9)));
+        assert_eq!(batch.direction, crate::Direction::DeviceToHost);
+        jobs.part_ended(id, Ok(6), now);
+        assert!(jobs.is_live(id) && jobs.queued().save);
+        let (_, batch) = jobs.take_part(CopyKind::Save, 6, now).expect("4 bytes");
+        assert_eq!(batch.bytes(), 4);
+        assert!(!jobs.queued().save && jobs.uses(ArenaId(1)));
+        jobs.part_ended(id, Ok(4), now);
+        assert!(!jobs.uses(ArenaId(1)));
+        let ends = jobs.take_ended();
+        assert_eq!((ends.len(), ends[0].bytes), (1, 10));
+        assert_eq!(jobs.take_ended(), []);
+    }
+
+    #[test]
+    fn uncollected_ends_count_against_the_limit() {
+        let mut jobs = Jobs::new(2);
+        let now = Instant::now();
+        jobs.add(job(1, CopyKind::Demand, 0), now);
+        jobs.add(job(2, CopyKind::Demand, 5), now);
+        assert_eq!(jobs.live(), 1, "a job without bytes has ended");
+        assert_eq!(jobs.admit(JobId(3)), Err(CopyError::Busy));
+        assert_eq!(jobs.admit(JobId(2)), Err(CopyError::DuplicateJob(JobId(2))));
+        assert_eq!(outcomes(&mut jobs), [(1, Outcome::Done)]);
+        assert_eq!(jobs.admit(JobId(3)), Ok(()));
+    }
+
+    #[test]
+    fn the_first_failure_stops_a_job_and_a_cancel_has_the_last_word() {
+        let mut jobs = Jobs::new(4);
+        let now = Instant::now();
+        for id in [1, 2] {
+            jobs.add(job(id, CopyKind::Prefetch, 30), now);
+            for _ in 0..2 {
+                assert!(jobs.take_part(CopyKind::Prefetch, 10, now).is_some());
+            }
+            jobs.part_ended(JobId(id), Err(FAILED), now);
+            assert!(!jobs.queued().prefetch, "nothing more of it is taken");
+        }
+        jobs.cancel(&[JobId(2), JobId(99)], now);
+        assert_eq!(jobs.live(), 2, "each has a part at the engine");
+        jobs.part_ended(JobId(1), Err(CopyError::Busy), now);
+        jobs.part_ended(JobId(2), Ok(10), now);
+        let expected = [(1, Outcome::Failed(FAILED)), (2, Outcome::Cancelled)];
+        assert_eq!(outcomes(&mut jobs), expected);
+    }
+
+    #[test]
+    fn a_dead_engine_fails_whatever_is_live() {
+        let mut jobs = Jobs::new(4);
+        let now = Instant::now();
+        jobs.add(job(1, CopyKind::Demand, 5), now);
+        jobs.add(job(2, CopyKind::Save, 5), now);
+        assert!(jobs.take_part(CopyKind::Save, 5, now).is_some());
+        jobs.fail_all(&CopyError::EngineDead, now);
+        let mut ends = outcomes(&mut jobs);
+        ends.sort_by_key(|(id, _)| *id);
+        let dead = Outcome::Failed(CopyError::EngineDead);
+        assert_eq!(ends, [(1, dead.clone()), (2, dead)]);
+        assert!(jobs.live() == 0 && !jobs.queued().demand);
+    }
+}

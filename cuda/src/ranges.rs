@@ -152,3 +152,212 @@ impl Cutter {
         out
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testkit::{arena, paper_pool};
+
+    /// Which arena byte goes with which device byte.
+    fn bytes_of(ranges: &[CopyRange]) -> Vec<(u64, u64)> {
+        let mut bytes: Vec<_> = ranges
+            .iter()
+            .flat_map(|range| (0..range.bytes).map(|n| (range.arena_offset + n, range.device + n)))
+            .collect();
+        bytes.sort_unstable();
+        bytes
+    }
+
+    #[derive(Clone, Debug)]
+    struct Layout {
+        /// (gap before the region, block stride beyond block bytes, block bytes)
+        regions: Vec<(u64, u64, u64)>,
+        blocks: u32,
+        slots: u32,
+        ranks: u64,
+        rank: u64,
+        slot_padding: u64,
+        pairs: Vec<(SlotId, GpuBlock)>,
+    }
+
+    fn layouts() -> impl Strategy<Value = Layout> {
+        let region = (0..3_u64, 0..3_u64, 1..9_u64);
+        (
+            prop::collection::vec(region, 1..5),
+            (1..20_u32, 1..20_u32),
+            (1..4_u64, 0..4_u64, 0..3_u64),
+            any::<prop::sample::Index>(),
+            any::<bool>(),
+        )
+            .prop_flat_map(
+                |(regions, (blocks, slots), (ranks, rank, slot_padding), count, shuffle)| {
+                    let layout = Layout {
+                        regions,
+                        blocks,
+                        slots,
+                        ranks,
+                        rank: rank % ranks,
+                        slot_padding,
+                        pairs: Vec::new(),
+                    };
+                    let most = usize::try_from(blocks.min(slots)).expect("small");
+                    let count = count.index(most + 1);
+                    let order = |n: u32| {
+                        let all: Vec<u32> = (0..n).collect();
+                        if shuffle {
+                            Just(all).prop_shuffle().boxed()
+                        } else {
+                            Just(all).boxed()
+                        }
+                    };
+                    (Just(layout), order(slots), order(blocks)).prop_map(
+                        move |(layout, slots, blocks)| {
+                            let pairs = slots
+                                .into_iter()
+                                .map(SlotId)
+                                .zip(blocks.into_iter().map(GpuBlock));
+                            Layout {
+                                pairs: pairs.take(count).collect(),
+                                ..layout
+                            }
+                        },
+                    )
+                },
+            )
+    }
+
+    fn build(layout: &Layout) -> (DevicePool, ArenaShard) {
+        let mut base = 1_000;
+        let mut regions = Vec::new();
+        for &(gap, extra, bytes) in &layout.regions {
+            base += gap;
+            regions.push((base, bytes + extra, bytes));
+            base += u64::from(layout.blocks) * (bytes + extra);
+        }
+        let pool = paper_pool(&regions, layout.blocks);
+        let slot_bytes = layout.ranks * pool.rank_bytes() + layout.slot_padding;
+        let shard = ArenaShard {
+            map: arena(u64::from(layout.slots) * slot_bytes),
+            slot_bytes,
+            rank_offset: layout.rank * pool.rank_bytes(),
+        };
+        (pool, shard)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn every_byte_of_every_pair_once(layout in layouts()) {
+            let (pool, shard) = build(&layout);
+            let ranges = ranges(&pool, &shard, &layout.pairs).expect("all pairs are inside");
+            let mut expected = Vec::new();
+            for &(slot, block) in &layout.pairs {
+                let mut offset = u64::from(slot.0) * shard.slot_bytes + shard.rank_offset;
+                for region in pool.regions() {
+                    let start = region.base + u64::from(block.0) * region.block_stride;
+                    for n in 0..region.block_bytes {
+                        expected.push((offset, start + n));
+                        offset += 1;
+                    }
+                }
+            }
+            expected.sort_unstable();
+            prop_assert_eq!(bytes_of(&ranges), expected);
+            for pair in ranges.windows(2) {
+                let touch = pair[0].arena_offset + pair[0].bytes == pair[1].arena_offset
+                    && pair[0].device + pair[0].bytes == pair[1].device;
+                prop_assert!(!touch, "neighbours that touch on both sides are one range");
+            }
+            for range in &ranges {
+                prop_assert!(pool.contains(range.device, range.bytes));
+                prop_assert!(range.arena_offset + range.bytes <= shard.map.bytes());
+            }
+        }
+
+        #[test]
+        fn cutting_keeps_every_byte_and_the_cap(layout in layouts(), cap in 1..64_u64) {
+            let (pool, shard) = build(&layout);
+            let ranges = ranges(&pool, &shard, &layout.pairs).expect("all pairs are inside");
+            let mut cutter = Cutter::new(ranges.clone());
+            let mut parts = Vec::new();
+            while !cutter.is_empty() {
+                let part = cutter.take(cap);
+                let bytes: u64 = part.iter().map(|range| range.bytes).sum();
+                prop_assert!(bytes <= cap);
+                prop_assert!(bytes == cap || cutter.is_empty(), "only the last part is short");
+                prop_assert!(part.iter().all(|range| range.bytes > 0));
+                parts.extend(part);
+            }
+            prop_assert!(cutter.take(cap).is_empty());
+            prop_assert_eq!(bytes_of(&parts), bytes_of(&ranges));
+        }
+    }
+
+    #[test]
+    fn runs_merge_into_one_range_also_backwards() {
+        let pool = paper_pool(&[(4096, 512, 512)], 16);
+        let map = arena(8 * 512);
+        let shard = ArenaShard {
+            map,
+            slot_bytes: 512,
+            rank_offset: 0,
+        };
+        let mut pairs: Vec<_> = (0..8).map(|n| (SlotId(n), GpuBlock(n + 3))).collect();
+        let whole = vec![CopyRange {
+            arena_offset: 0,
+            device: 4096 + 3 * 512,
+            bytes: 8 * 512,
+        }];
+        assert_eq!(ranges(&pool, &shard, &pairs), Ok(whole.clone()));
+        pairs.reverse();
+        assert_eq!(ranges(&pool, &shard, &pairs), Ok(whole));
+    }
+
+    #[test]
+    fn what_lies_outside_is_refused() {
+        let pool = paper_pool(&[(4096, 512, 512)], 16);
+        let shard = ArenaShard {
+            map: arena(4096),
+            slot_bytes: 512,
+            rank_offset: 0,
+        };
+        let good = (SlotId(7), GpuBlock(15));
+        assert!(ranges(&pool, &shard, &[good]).is_ok());
+        let slot = SlotId(8);
+        assert_eq!(
+            ranges(&pool, &shard, &[good, (slot, GpuBlock(0))]),
+            Err(CopyError::SlotOutOfRange { slot, slots: 8 })
+        );
+        assert!(ranges(&pool, &shard, &[(SlotId(u32::MAX), GpuBlock(0))]).is_err());
+        let block = GpuBlock(16);
+        assert_eq!(
+            ranges(&pool, &shard, &[(SlotId(0), block), good]),
+            Err(CopyError::BlockOutOfRange { block, blocks: 16 })
+        );
+        for (slot_bytes, rank_offset) in [(512, 1), (511, 0), (0, 0), (u64::MAX, u64::MAX)] {
+            let bad = ArenaShard {
+                slot_bytes,
+                rank_offset,
+                ..shard.clone()
+            };
+            assert!(matches!(
+                ranges(&pool, &bad, &[]),
+                Err(CopyError::BadConfig(_))
+            ));
+        }
+        let huge = ArenaShard {
+            slot_bytes: u64::MAX,
+            ..shard.clone()
+        };
+        assert_eq!(
+            ranges(&pool, &huge, &[(SlotId(0), GpuBlock(0))]),
+            Err(CopyError::SlotOutOfRange {
+                slot: SlotId(0),
+                slots: 0
+            })
+        );
+    }
+}
