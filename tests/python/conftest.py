@@ -1,0 +1,47 @@
+"""Fixtures shared by all Python tests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from support.engines import Engines  # noqa: E402
+
+_ENGINES = pytest.StashKey[Engines]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a real vLLM carry the mark `vllm`: `make check` leaves them out."""
+    for item in items:
+        if "engines" in getattr(item, "fixturenames", ()):
+            item.add_marker("vllm")
+
+
+@pytest.fixture(scope="session")
+def engines(request: pytest.FixtureRequest) -> Iterator[Engines]:
+    """Running vLLM servers, shared by configuration."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def say(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(line, flush=True)
+
+    shared = Engines(say)
+    request.config.stash[_ENGINES] = shared
+    yield shared
+    shared.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[None]:
+    """A failed test shows the ends of the server logs."""
+    report = yield
+    if report.failed and "engines" in getattr(item, "fixturenames", ()) and _ENGINES in item.config.stash:
+        report.sections.append(("server logs", item.config.stash[_ENGINES].log_tails()))
+    return report

@@ -1,0 +1,48 @@
+"""Prompts that no one else has, and other agents that take the KV pool."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from support.completions import Ask, Completion
+from support.make_model import PRESETS, SPECIAL_TOKENS
+from support.servers import VllmServer
+
+LOWEST_TOKEN = len(SPECIAL_TOKENS)
+HIGHEST_TOKEN = PRESETS["tiny"].vocab - 1
+FLOOD_MAX_TOKENS = 16
+"""Long enough that all requests of a flood run, and hold their blocks, at the same time."""
+
+
+def prompt(name: str, tokens: int, seed: int = 0) -> list[int]:
+    """`tokens` random token ids that depend on `name` and `seed` only."""
+    rng = random.Random(f"{seed}/{name}")
+    return [rng.randint(LOWEST_TOKEN, HIGHEST_TOKEN) for _ in range(tokens)]
+
+
+def blocks_of(tokens: int, block_size: int = 32) -> int:
+    """Blocks that hold this many tokens."""
+    return -(-tokens // block_size)
+
+
+def together(server: VllmServer, asks: Sequence[Ask], timeout_s: float = 300) -> list[Completion]:
+    """Sends all at once and waits for all of them."""
+    with ThreadPoolExecutor(max(len(asks), 1)) as pool:
+        return list(pool.map(lambda ask: server.ask(ask, timeout_s), asks))
+
+
+def flood_asks(server: VllmServer, agents: int, name: str, seed: int = 0) -> list[Ask]:
+    """Turns of `agents` agents that together need the whole pool but for a few blocks."""
+    blocks = (server.config.gpu_blocks - 1 - agents) // agents
+    tokens = blocks * server.config.block_size - FLOOD_MAX_TOKENS
+    names = [f"{name}-{agent}" for agent in range(agents)]
+    return [Ask(prompt(each, tokens, seed), FLOOD_MAX_TOKENS, session=each) for each in names]
+
+
+def flood(server: VllmServer, agents: int = 2, name: str = "flood", seed: int = 0) -> list[Completion]:
+    """Other agents run their turns at the same time, then a short one follows: whatever else was in the pool is evicted."""
+    answers = together(server, flood_asks(server, agents, name, seed))
+    sweep = prompt(f"{name}-sweep", 2 * (agents + 1) * server.config.block_size, seed)
+    return [*answers, server.ask(Ask(sweep, 1, session=f"{name}-sweep"))]

@@ -1,0 +1,33 @@
+"""Where things lie: the checkout, what was built, the environments of the two vLLM versions."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).resolve()
+LOGS = ROOT / "target" / "logs"
+MODELS = ROOT / "target" / "models"
+
+VENVS = {"0.32": ROOT / ".venv", "0.26": ROOT / ".venv-026"}
+"""vLLM version → environment that holds it; `make venv` and `make venv-026` make them."""
+
+
+def python_of(version: str) -> Path:
+    """The interpreter that has this version of vLLM."""
+    python = VENVS[version] / "bin" / "python"
+    if not python.exists():
+        raise FileNotFoundError(f"vLLM {version} is not installed in {VENVS[version].name}: run `make venvs`")
+    return python
+
+
+def greenroom_binary() -> Path:
+    """The `greenroom` command: the one of the installed wheel first, then what cargo built last."""
+    built = [TARGET / kind / "greenroom" for kind in ("release", "debug")]
+    built = sorted((path for path in built if path.exists()), key=lambda path: -path.stat().st_mtime)
+    for path in (Path(sys.prefix) / "bin" / "greenroom", VENVS["0.32"] / "bin" / "greenroom", *built):
+        if path.exists():
+            return path
+    raise FileNotFoundError("no greenroom command: run `make install` (wheel) or `cargo build -p greenroom-sidecar`")

@@ -1,0 +1,284 @@
+"""The two kinds of servers under test, as context managers: Greenroom's sidecar and vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from support import http
+from support.completions import MODEL_NAME, Ask, Completion, Stream, complete
+from support.make_model import PRESETS, make_model
+from support.metrics import Metrics
+from support.paths import LOGS, MODELS, greenroom_binary, python_of
+from support.process import Process, ProcessFailed, free_port
+
+SIDECAR_START_S = 20
+VLLM_START_S = 420
+PROGRESS_EVERY_S = 15
+
+Say = Callable[[str], None]
+
+
+def silent(_: str) -> None:
+    """Says nothing."""
+
+
+def wait_ready(process: Process, url: str, timeout_s: float, name: str, say: Say = silent) -> None:
+    """Waits for `url` to answer 2xx, telling how it goes; the log is in the message when it does not."""
+    start = time.monotonic()
+    told = start
+    while not http.is_up(url):
+        now = time.monotonic()
+        if not process.running():
+            raise ProcessFailed(f"{name} ended with {process.returncode()} while starting\n{process.log_tail()}")
+        if now - start > timeout_s:
+            raise ProcessFailed(f"{name} was not ready within {timeout_s:g} s\n{process.log_tail()}")
+        if now - told > PROGRESS_EVERY_S:
+            told = now
+            say(f"  … {name} is starting, {now - start:.0f} s")
+        time.sleep(0.1)
+    say(f"  {name} is ready after {time.monotonic() - start:.1f} s")
+
+
+class Sidecar:
+    """`greenroom serve` on a private socket and a free port. The socket and the port stay the same over restarts."""
+
+    def __init__(self, memory: str = "1GiB", flags: tuple[str, ...] = (), name: str = "sidecar") -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="greenroom-")
+        self.socket = Path(self._folder.name) / "greenroom.sock"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = LOGS / f"{name}-{self.port}.log"
+        self._name = name
+        self._command = [
+            str(greenroom_binary()),
+            "serve",
+            "--memory",
+            memory,
+            "--socket",
+            str(self.socket),
+            "--listen",
+            f"127.0.0.1:{self.port}",
+            *flags,
+        ]
+        self.process: Process | None = None
+
+    def __enter__(self) -> Sidecar:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None:
+            self.process.kill_group()
+        self._folder.cleanup()
+
+    def start(self, wait: Say = silent) -> None:
+        """Starts it and waits until it is healthy."""
+        self.process = Process(self._command, self.log)
+        wait_ready(self.process, self.url + "/healthz", SIDECAR_START_S, self._name, wait)
+
+    def kill(self) -> None:
+        """kill -9."""
+        assert self.process is not None, "the sidecar was never started"
+        self.process.kill_group()
+
+    def stop(self, timeout_s: float = 15) -> int:
+        """SIGTERM; the exit status."""
+        assert self.process is not None, "the sidecar was never started"
+        return self.process.terminate(timeout_s)
+
+    def get(self, path: str) -> Any:
+        return http.call("GET", self.url + path)
+
+    def post(self, path: str, body: Any) -> Any:
+        return http.call("POST", self.url + path, body)
+
+    def metrics(self) -> Metrics:
+        return Metrics(http.text("GET", self.url + "/metrics"))
+
+    def session(self, name: str) -> dict[str, Any] | None:
+        """`GET /v1/sessions/{name}`; None while it is unknown."""
+        try:
+            answer: dict[str, Any] = self.get(f"/v1/sessions/{name}")
+        except http.HttpError as error:
+            if error.status == 404:
+                return None
+            raise
+        return answer
+
+
+@dataclasses.dataclass(frozen=True)
+class VllmConfig:
+    """What distinguishes one engine from another; hashable, so that tests can share engines by it."""
+
+    version: str = "0.32"
+    model: str = "tiny"
+    gpu_blocks: int = 400
+    block_size: int = 32
+    max_model_len: int = 8192
+    max_num_seqs: int = 16
+    dev_mode: bool = True
+    args: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+
+
+def greenroom_transfer_config(**extra: Any) -> dict[str, Any]:
+    """The value of `--kv-transfer-config`, as the README gives it."""
+    return {
+        "kv_connector": "GreenroomConnector",
+        "kv_connector_module_path": "greenroom.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra,
+    }
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a preset, made if need be, or the folder that the name is."""
+    if model in PRESETS:
+        return make_model(MODELS / model, PRESETS[model])
+    return Path(model)
+
+
+class VllmServer:
+    """vLLM's OpenAI server, without a connector unless `transfer` is given."""
+
+    def __init__(self, config: VllmConfig, transfer: Mapping[str, Any] | None = None, name: str = "vllm") -> None:
+        self.config = config
+        self._transfer = transfer
+        self._name = name
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = LOGS / f"{name}-{self.port}.log"
+        self.process: Process | None = None
+
+    def __enter__(self) -> VllmServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None:
+            self.process.kill_group()
+
+    def command(self) -> list[str]:
+        config = self.config
+        command = [str(python_of(config.version)), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(model_folder(config.model)), "--served-model-name", MODEL_NAME]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", "--enable-prompt-tokens-details"]
+        command += ["--block-size", str(config.block_size), "--num-gpu-blocks-override", str(config.gpu_blocks)]
+        command += ["--max-model-len", str(config.max_model_len), "--max-num-seqs", str(config.max_num_seqs)]
+        if self._transfer is not None:
+            command += ["--kv-transfer-config", json.dumps(self._transfer)]
+        return command + list(config.args)
+
+    def environment(self) -> dict[str, str]:
+        env = dict(os.environ)
+        env.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", VLLM_CPU_KVCACHE_SPACE="1")
+        # 0.26 seeds its block hashes from this; without it nothing matches after a restart.
+        env.setdefault("PYTHONHASHSEED", "0")
+        if self.config.dev_mode:
+            env["VLLM_SERVER_DEV_MODE"] = "1"
+        env.update(self.config.env)
+        return env
+
+    def launch(self) -> None:
+        """Starts the process and does not wait: `wait_ready` does."""
+        # Not in the checkout: `python -m` puts the current folder first on the import path.
+        LOGS.mkdir(parents=True, exist_ok=True)
+        self.process = Process(self.command(), self.log, self.environment(), cwd=LOGS)
+
+    def wait_ready(self, say: Say = silent) -> None:
+        assert self.process is not None, "launch() comes first"
+        wait_ready(self.process, self.url + "/health", VLLM_START_S, self._name, say)
+
+    def start(self, say: Say = silent) -> None:
+        self.launch()
+        self.wait_ready(say)
+
+    def kill(self) -> None:
+        """kill -9 for the API server, EngineCore and worker at once."""
+        assert self.process is not None, "the server was never started"
+        self.process.kill_group()
+
+    def stop(self, timeout_s: float = 60) -> int:
+        """SIGTERM; the exit status."""
+        assert self.process is not None, "the server was never started"
+        return self.process.terminate(timeout_s)
+
+    def signal_member(self, title: str, number: int = signal.SIGKILL) -> int:
+        """Signals the one process whose title contains `title` (`EngineCore`, `Worker`); returns its pid."""
+        assert self.process is not None, "the server was never started"
+        pids = [member.pid for member in self.process.members() if title in member.title]
+        assert len(pids) == 1, f"{len(pids)} processes are called {title}: {[m.title for m in self.process.members()]}"
+        os.kill(pids[0], number)
+        return pids[0]
+
+    def ask(self, ask: Ask, timeout_s: float = 300) -> Completion:
+        return complete(self.url, ask, timeout_s)
+
+    def stream(self, ask: Ask, timeout_s: float = 300) -> Stream:
+        return Stream(self.url, ask, timeout_s)
+
+    def healthy(self) -> bool:
+        return http.is_up(self.url + "/health")
+
+    def metrics(self) -> Metrics:
+        return Metrics(http.text("GET", self.url + "/metrics"))
+
+    def preemptions(self) -> int:
+        return int(self.metrics().sum("vllm:num_preemptions_total"))
+
+    def reset_prefix_cache(self, reset_external: bool = False) -> bool:
+        """Development endpoint. With `reset_external` Greenroom's KV is dropped too. Whether vLLM says it worked."""
+        query = "?reset_external=true" if reset_external else ""
+        answer = http.call("POST", self.url + "/reset_prefix_cache" + query)
+        # 0.26 answers with an empty body.
+        return True if answer is None else bool(answer["success"])
+
+    def pause(self, mode: str = "abort") -> None:
+        http.call("POST", self.url + f"/pause?mode={mode}")
+
+    def resume(self) -> None:
+        http.call("POST", self.url + "/resume")
+
+    def sleep(self, level: int = 1) -> None:
+        """Needs `--enable-sleep-mode` in `args`."""
+        http.call("POST", self.url + f"/sleep?level={level}")
+
+    def wake_up(self) -> None:
+        http.call("POST", self.url + "/wake_up")
+
+
+@dataclasses.dataclass
+class Rig:
+    """vLLM with Greenroom: the server and the sidecar it is connected to."""
+
+    vllm: VllmServer
+    sidecar: Sidecar
+
+
+@contextlib.contextmanager
+def rig(config: VllmConfig, memory: str = "1GiB", say: Say = silent, name: str = "vllm", **extra: Any) -> Iterator[Rig]:
+    """A sidecar of its own and a vLLM that uses it. `extra` goes into the connector's configuration."""
+    with Sidecar(memory) as sidecar:
+        transfer = greenroom_transfer_config(socket=str(sidecar.socket), **extra)
+        with contextlib.ExitStack() as stack:
+            vllm = VllmServer(config, transfer, name)
+            stack.push(vllm.__exit__)
+            vllm.start(say)
+            yield Rig(vllm, sidecar)
+
+
+def vllm_version(version: str) -> str:
+    """The exact version that is installed."""
+    code = "from importlib.metadata import version; print(version('vllm-cpu'))"
+    return subprocess.run([str(python_of(version)), "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
