@@ -313,3 +313,176 @@ impl HugePages {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BYTES: u64 = 3 * BASE_PAGE;
+
+    fn mapped(file: &ArenaFile) -> ArenaMap {
+        ArenaMap::map(file.fd().try_clone_to_owned().unwrap(), file.bytes()).unwrap()
+    }
+
+    fn write(map: &ArenaMap, offset: usize, byte: u8) {
+        assert!(offset < map.len);
+        // SAFETY: in bounds (asserted), and only this test has the arena.
+        unsafe { map.base().add(offset).write(byte) }
+    }
+
+    fn read(map: &ArenaMap, offset: usize) -> u8 {
+        assert!(offset < map.len);
+        // SAFETY: as in `write`.
+        unsafe { map.base().add(offset).read() }
+    }
+
+    #[test]
+    fn two_mappings_show_the_same_bytes_and_outlive_the_file() {
+        let file = ArenaFile::create(BYTES, PageSize::Base4K).unwrap();
+        let (one, other) = (mapped(&file), mapped(&file));
+        drop(file);
+        assert_eq!(one.bytes(), BYTES);
+        write(&one, 12_287, 42);
+        assert_eq!(read(&other, 12_287), 42);
+        drop(one);
+        assert_eq!(read(&other, 12_287), 42);
+    }
+
+    #[test]
+    fn nobody_can_resize_a_live_arena() {
+        let file = ArenaFile::create(BYTES, PageSize::Base4K).unwrap();
+        assert_eq!(rustix::fs::ftruncate(file.fd(), 0), Err(Errno::PERM));
+        assert_eq!(
+            rustix::fs::ftruncate(file.fd(), 2 * BYTES),
+            Err(Errno::PERM)
+        );
+        let more = rustix::fs::fcntl_add_seals(file.fd(), SealFlags::WRITE);
+        assert_eq!(more, Err(Errno::PERM), "sealed against further seals");
+    }
+
+    #[test]
+    fn a_file_that_is_not_an_arena_is_refused() {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let unsealed = rustix::fs::memfd_create("unsealed", flags).unwrap();
+        rustix::fs::ftruncate(&unsealed, BYTES).unwrap();
+        assert!(matches!(
+            ArenaMap::map(unsealed, BYTES),
+            Err(ArenaError::NotSealed)
+        ));
+        let read_only = rustix::fs::memfd_create("read-only", flags).unwrap();
+        rustix::fs::ftruncate(&read_only, BYTES).unwrap();
+        rustix::fs::fcntl_add_seals(&read_only, required_seals() | SealFlags::FUTURE_WRITE)
+            .unwrap();
+        assert!(matches!(
+            ArenaMap::map(read_only, BYTES),
+            Err(ArenaError::NotSealed)
+        ));
+        let plain: OwnedFd = fs::File::open("/dev/null").unwrap().into();
+        assert!(matches!(
+            ArenaMap::map(plain, BYTES),
+            Err(ArenaError::NotSealed)
+        ));
+    }
+
+    #[test]
+    fn a_file_of_another_size_is_refused() {
+        let file = ArenaFile::create(BYTES, PageSize::Base4K).unwrap();
+        let outcome = ArenaMap::map(file.fd().try_clone_to_owned().unwrap(), BYTES + BASE_PAGE);
+        assert!(matches!(
+            outcome,
+            Err(ArenaError::WrongSize {
+                expected: 16_384,
+                actual: 12_288
+            })
+        ));
+    }
+
+    #[test]
+    fn sizes_are_whole_pages() {
+        for (bytes, pages) in [
+            (0, PageSize::Base4K),
+            (4097, PageSize::Base4K),
+            (4096, PageSize::Huge2M),
+        ] {
+            let outcome = ArenaFile::create(bytes, pages);
+            assert!(
+                matches!(outcome, Err(ArenaError::BadSize { .. })),
+                "{bytes} bytes of {pages:?}: {outcome:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn populating_backs_every_page_and_changes_nothing() {
+        let bytes = 2 * POPULATE_CHUNK + 5 * BASE_PAGE;
+        let file = ArenaFile::create(bytes, PageSize::Base4K).unwrap();
+        let map = mapped(&file);
+        let last = usize_from_u64(bytes) - 1;
+        write(&map, last, 7);
+        map.populate(3).unwrap();
+        assert_eq!((read(&map, 0), read(&map, last)), (0, 7));
+        let backed = u64::try_from(rustix::fs::fstat(file.fd()).unwrap().st_blocks).unwrap() * 512;
+        assert_eq!(backed, bytes);
+    }
+
+    #[test]
+    fn the_way_for_old_kernels_backs_every_page_and_changes_nothing() {
+        let file = ArenaFile::create(BYTES, PageSize::Base4K).unwrap();
+        let map = mapped(&file);
+        write(&map, 4096, 9);
+        map.touch_chunk(0, map.len);
+        assert_eq!((read(&map, 0), read(&map, 4096)), (0, 9));
+        let backed = u64::try_from(rustix::fs::fstat(file.fd()).unwrap().st_blocks).unwrap() * 512;
+        assert_eq!(backed, BYTES);
+    }
+
+    #[test]
+    fn a_lack_of_huge_pages_says_what_to_do() {
+        let machine = HugePages {
+            reserved: 100,
+            available: 40,
+        };
+        assert!(machine.check(40 * HUGE_PAGE).is_ok());
+        let text = machine.check(50 * HUGE_PAGE).unwrap_err().to_string();
+        for part in [
+            "needs 50",
+            "40 are available of the 100",
+            "vm.nr_hugepages=110",
+        ] {
+            assert!(text.contains(part), "{part:?} is missing in {text:?}");
+        }
+    }
+
+    /// More than any machine of today reserves; whether it has none or some, the answer is the same error.
+    #[test]
+    fn an_arena_of_huge_pages_that_nobody_has_is_refused() {
+        let outcome = ArenaFile::create(1 << 50, PageSize::Huge2M);
+        assert!(
+            matches!(
+                outcome,
+                Err(ArenaError::NoHugePages {
+                    needed: 536_870_912,
+                    ..
+                })
+            ),
+            "{outcome:?}"
+        );
+    }
+
+    #[test]
+    fn forked_children_do_not_get_the_mapping() {
+        let file = ArenaFile::create(BYTES, PageSize::Base4K).unwrap();
+        let map = mapped(&file);
+        let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
+        let start = format!("{:x}-", map.base().as_ptr().addr());
+        let entry: Vec<&str> = smaps
+            .lines()
+            .skip_while(|line| !line.starts_with(&start))
+            .collect();
+        let flags = entry
+            .iter()
+            .find(|line| line.starts_with("VmFlags:"))
+            .unwrap();
+        assert!(flags.split_whitespace().any(|flag| flag == "dc"), "{flags}");
+    }
+}

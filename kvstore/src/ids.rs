@@ -24,6 +24,11 @@ pub const fn usize_from_u64(n: u64) -> usize {
     n as usize
 }
 
+/// The low 64 bits of a product.
+pub(crate) const fn low_half(n: u128) -> u64 {
+    n as u64
+}
+
 /// vLLM's own 32-byte block hash: names the KV of one full block *and* everything before it (a hash chain).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 #[repr(transparent)]
@@ -59,6 +64,13 @@ impl SlotId {
             "slot index {index} beyond 32 bits"
         );
         Self(index as u32)
+    }
+}
+
+impl SlotId {
+    /// Undoes packing a slot into the low 32 bits of a key.
+    pub(crate) const fn from_low_bits(key: u128) -> Self {
+        Self(key as u32)
     }
 }
 
@@ -149,7 +161,7 @@ pub(crate) struct Tick(pub(crate) u64);
 
 /// Position of a block in the list of one call; beyond 32 bits they all count as deepest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Depth(u32);
+pub(crate) struct Depth(pub(crate) u32);
 
 impl Depth {
     pub(crate) const fn from_index(index: usize) -> Self {

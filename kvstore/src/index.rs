@@ -6,8 +6,9 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
+use crate::STRICT;
 use crate::error::StoreError;
-use crate::ids::{BlockHash, Epoch, Namespace, NamespaceId, SlotId, Space};
+use crate::ids::{BlockHash, Epoch, Namespace, NamespaceId, SlotId, Space, low_half};
 
 /// Hashes keys that are digests already: adds up their words and spreads the sum with one multiplication.
 ///
@@ -32,10 +33,11 @@ impl Hasher for DigestHasher {
     /// The length of a fixed-size key says nothing.
     fn write_usize(&mut self, _: usize) {}
 
-    /// The table takes its bucket from the low bits and its tag from the high ones: both must depend on every key bit.
+    /// The table takes its bucket from the low bits and its tag from the high ones: both must depend on every key bit, so
+    /// both halves of the product count.
     fn finish(&self) -> u64 {
-        let spread = self.0.wrapping_mul(SPREAD);
-        spread ^ (spread >> 32)
+        let spread = u128::from(self.0) * u128::from(SPREAD);
+        low_half(spread) ^ low_half(spread >> 64)
     }
 }
 
@@ -44,6 +46,8 @@ type Map = HashMap<BlockHash, SlotId, BuildHasherDefault<DigestHasher>>;
 #[derive(Debug)]
 struct Names {
     id: NamespaceId,
+    /// When this namespace took the place: handles of an older epoch belong to one that had it before.
+    opened: Epoch,
     epoch: Epoch,
     committed: Map,
     filling: Map,
@@ -79,6 +83,7 @@ impl Index {
         let epoch = self.epoch();
         let names = Names {
             id,
+            opened: epoch,
             epoch,
             committed: Map::default(),
             filling: Map::default(),
@@ -95,6 +100,13 @@ impl Index {
         };
         self.spaces[at] = names;
         Ok(self.handle(Space::from_index(at)))
+    }
+
+    /// Whether the namespace of this handle, of whatever epoch, still has its place.
+    pub(crate) fn is_open(&self, namespace: Namespace) -> bool {
+        self.spaces
+            .get(namespace.space.index())
+            .is_some_and(|names| names.opened <= namespace.epoch)
     }
 
     /// Ends the namespace's epoch: all its names are forgotten, and handles given so far are stale.
@@ -141,7 +153,7 @@ impl Index {
     pub(crate) fn add_filling(&mut self, space: Space, hash: BlockHash, slot: SlotId) {
         let names = &mut self.spaces[space.index()];
         assert!(
-            !names.committed.contains_key(&hash),
+            !STRICT || !names.committed.contains_key(&hash),
             "{hash:?} is stored already"
         );
         assert!(
@@ -216,5 +228,97 @@ impl Index {
         let epoch = Epoch(self.next_epoch);
         self.next_epoch += 1;
         epoch
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::hash::BuildHasher;
+
+    use super::*;
+
+    fn index() -> (Index, Namespace) {
+        let mut index = Index::new(1);
+        let namespace = index.open(NamespaceId([7; 32])).unwrap();
+        (index, namespace)
+    }
+
+    #[test]
+    fn a_block_is_in_one_map_at_a_time() {
+        let (mut index, namespace) = index();
+        let (space, hash) = (namespace.space, BlockHash([3; 32]));
+        index.add_filling(space, hash, SlotId(9));
+        assert_eq!(
+            (
+                index.committed(namespace, &hash),
+                index.find(namespace, &hash)
+            ),
+            (None, Some(SlotId(9)))
+        );
+        assert_eq!(index.totals(), (0, 1));
+        index.publish(space, hash);
+        assert_eq!(index.committed(namespace, &hash), Some(SlotId(9)));
+        assert_eq!(index.totals(), (1, 0));
+        index.forget_committed(space, &hash);
+        assert_eq!(index.find(namespace, &hash), None);
+    }
+
+    #[test]
+    #[should_panic(expected = "stored already")]
+    fn a_stored_block_is_not_filled_again() {
+        let (mut index, namespace) = index();
+        let (space, hash) = (namespace.space, BlockHash([3; 32]));
+        index.add_filling(space, hash, SlotId(0));
+        index.publish(space, hash);
+        index.add_filling(space, hash, SlotId(1));
+    }
+
+    #[test]
+    fn an_old_handle_finds_nothing() {
+        let (mut index, old) = index();
+        let hash = BlockHash([3; 32]);
+        index.add_filling(old.space, hash, SlotId(0));
+        index.publish(old.space, hash);
+        let fresh = index.reset(old.space);
+        index.add_filling(fresh.space, hash, SlotId(1));
+        index.publish(fresh.space, hash);
+        assert_eq!(
+            (index.prefix(old, &[hash]), index.prefix(fresh, &[hash])),
+            (0, 1)
+        );
+        assert_eq!(
+            (index.find(old, &hash), index.find(fresh, &hash)),
+            (None, Some(SlotId(1)))
+        );
+        assert!(index.is_open(old), "the namespace is still there");
+    }
+
+    /// Digests are uniform, test patterns are not: neither may crowd into few buckets or tags.
+    #[test]
+    fn the_hasher_spreads_digests_and_patterns() {
+        let hasher = BuildHasherDefault::<DigestHasher>::default();
+        let counters = |at: usize| {
+            (0..=u16::MAX).map(move |n| {
+                let mut bytes = [0; 32];
+                bytes[at..at + 2].copy_from_slice(&n.to_be_bytes());
+                BlockHash(bytes)
+            })
+        };
+        for at in [0, 6, 15, 24, 30] {
+            let hashes: Vec<u64> = counters(at).map(|key| hasher.hash_one(key)).collect();
+            let buckets: HashSet<u64> = hashes.iter().map(|hash| hash & 0xffff).collect();
+            let tags: HashSet<u64> = hashes.iter().map(|hash| hash >> 57).collect();
+            assert!(
+                buckets.len() > 30_000,
+                "{} buckets for a counter at byte {at}",
+                buckets.len()
+            );
+            assert!(
+                tags.len() > 100,
+                "{} tags for a counter at byte {at}",
+                tags.len()
+            );
+        }
     }
 }

@@ -240,3 +240,108 @@ impl Leases {
         term.now + term.ttl.min(self.ttl_max)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{Epoch, Generation, SlotId, Space};
+
+    fn grant(leases: &mut Leases, owner: u64, now: Instant) -> LeaseId {
+        let namespace = Namespace {
+            space: Space::from_index(0),
+            epoch: Epoch(1),
+        };
+        let held = vec![Held {
+            slot: SlotId(0),
+            generation: Generation::FIRST,
+        }];
+        let grant = Grant {
+            owner: Owner(owner),
+            namespace,
+            right: Right::Read,
+            held,
+        };
+        let id = leases.grant(
+            grant,
+            Term {
+                now,
+                ttl: Duration::from_secs(owner),
+            },
+        );
+        leases.check();
+        id
+    }
+
+    fn leases() -> Leases {
+        Leases::new(3, Duration::from_secs(60))
+    }
+
+    #[test]
+    fn due_leases_come_earliest_first_and_ended_ones_are_not_due_again() {
+        let (mut leases, now) = (leases(), Instant::now());
+        let late = grant(&mut leases, 5, now);
+        let early = grant(&mut leases, 2, now);
+        assert_eq!(leases.due(now + Duration::from_secs(1)), []);
+        assert_eq!(leases.due(now + Duration::from_secs(5)), [early, late]);
+        assert!(leases.end(early, Why::Expired).is_some());
+        leases.check();
+        assert_eq!(leases.due(now + Duration::from_secs(5)), [late]);
+        assert_eq!(leases.len(), 2, "ended, not forgotten");
+        assert_eq!(leases.next_expiry(), Some(now + Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn ids_are_never_used_again() {
+        let (mut leases, now) = (leases(), Instant::now());
+        let first = grant(&mut leases, 1, now);
+        assert!(leases.take(Owner(1), first, Right::Read).is_ok());
+        leases.check();
+        let second = grant(&mut leases, 1, now);
+        assert_ne!(first, second);
+        assert_eq!(
+            leases.take(Owner(1), first, Right::Read).err(),
+            Some(StoreError::UnknownLease)
+        );
+    }
+
+    #[test]
+    fn the_owner_is_looked_at_before_anything_else() {
+        let (mut leases, now) = (leases(), Instant::now());
+        let id = grant(&mut leases, 1, now);
+        assert_eq!(
+            leases.take(Owner(2), id, Right::Write).err(),
+            Some(StoreError::WrongOwner)
+        );
+        assert_eq!(
+            leases.take(Owner(1), id, Right::Write).err(),
+            Some(StoreError::UnknownLease)
+        );
+        assert!(leases.take(Owner(1), id, Right::Read).is_ok());
+    }
+
+    #[test]
+    fn the_table_is_bounded_and_ended_leases_count() {
+        let (mut leases, now) = (leases(), Instant::now());
+        for _ in 0..3 {
+            assert_eq!(leases.check_room(), Ok(()));
+            let id = grant(&mut leases, 1, now);
+            assert!(leases.end(id, Why::OwnerLeft).is_some());
+        }
+        assert_eq!(
+            leases.check_room(),
+            Err(StoreError::TooMany {
+                what: "leases",
+                limit: 3
+            })
+        );
+    }
+
+    #[test]
+    #[should_panic(expected = "ended by OwnerLeft before it could end by Expired")]
+    fn a_lease_ends_once() {
+        let (mut leases, now) = (leases(), Instant::now());
+        let id = grant(&mut leases, 1, now);
+        assert!(leases.end(id, Why::OwnerLeft).is_some());
+        let _ = leases.end(id, Why::Expired);
+    }
+}

