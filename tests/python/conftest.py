@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Generator, Iterator
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from support.engines import Engines  # noqa: E402
+from support.engines import Engines
 
 _ENGINES = pytest.StashKey[Engines]()
 
@@ -39,7 +34,7 @@ def engines(request: pytest.FixtureRequest) -> Iterator[Engines]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failed test shows the ends of the server logs."""
     report = yield
     if report.failed and "engines" in getattr(item, "fixturenames", ()) and _ENGINES in item.config.stash:

@@ -1,4 +1,4 @@
-"""The supported vLLM versions start here without Greenroom and answer alike: the ground that every other test stands on."""
+"""Both vLLM versions start here without Greenroom and answer alike: the ground that every other test stands on."""
 
 from __future__ import annotations
 

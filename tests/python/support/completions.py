@@ -50,7 +50,7 @@ class Ask:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What came back. `ttft_s` ends with the first token's arrival, `top` holds token id → log probability per position."""
+    """What came back. `ttft_s` ends when the first token arrives; `top` is token id → log probability per position."""
 
     tokens: list[int]
     ttft_s: float

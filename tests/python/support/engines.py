@@ -29,7 +29,8 @@ class Engines:
             server.start(self._say)
             return server, server
 
-        return self._get(("plain", config), start)
+        server: VllmServer = self._get(("plain", config), start)
+        return server
 
     def greenroom(self, config: VllmConfig, memory: str = "1GiB", **extra: Any) -> Rig:
         """vLLM with Greenroom and a sidecar of its own."""
@@ -38,7 +39,8 @@ class Engines:
             made = stack.enter_context(rig(config, memory, self._say, f"greenroom-{config.version}", **extra))
             return made, made.vllm
 
-        return self._get(("greenroom", config, memory, tuple(sorted(extra.items()))), start)
+        shared: Rig = self._get(("greenroom", config, memory, tuple(sorted(extra.items()))), start)
+        return shared
 
     def _get(self, key: Any, start: Callable[[contextlib.ExitStack], tuple[Any, VllmServer]]) -> Any:
         if key in self._alive and not self._alive[key][1].healthy():

@@ -42,7 +42,7 @@ def flood_asks(server: VllmServer, agents: int, name: str, seed: int = 0) -> lis
 
 
 def flood(server: VllmServer, agents: int = 2, name: str = "flood", seed: int = 0) -> list[Completion]:
-    """Other agents run their turns at the same time, then a short one follows: whatever else was in the pool is evicted."""
+    """Other agents run turns at the same time, then a short one: whatever else was in the pool is evicted."""
     answers = together(server, flood_asks(server, agents, name, seed))
     sweep = prompt(f"{name}-sweep", 2 * (agents + 1) * server.config.block_size, seed)
     return [*answers, server.ask(Ask(sweep, 1, session=f"{name}-sweep"))]

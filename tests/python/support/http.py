@@ -26,7 +26,9 @@ def open_connection(url: str, timeout_s: float) -> tuple[http.client.HTTPConnect
     return http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=timeout_s), path
 
 
-def raw(method: str, url: str, body: bytes | None = None, headers: dict[str, str] | None = None, timeout_s: float = 30) -> tuple[int, str]:
+def raw(
+    method: str, url: str, body: bytes | None = None, headers: dict[str, str] | None = None, timeout_s: float = 30
+) -> tuple[int, str]:
     """Status and text of any answer; raises `OSError` only."""
     connection, path = open_connection(url, timeout_s)
     try:

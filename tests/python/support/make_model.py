@@ -1,7 +1,7 @@
 """Writes a small random Llama model: real weights, a tokenizer trained on the spot, a chat template.
 
-The same arguments give the same bytes. The weights are scaled so that attention is peaked and the output layer is not tied to the
-embedding: what the model says depends on the whole context, so a block of KV with wrong bytes shows in the tokens.
+The same arguments give the same bytes. The weights are scaled so that attention is peaked and the output layer is not
+tied to the embedding: what the model says depends on the whole context, and KV with wrong bytes shows in the tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import math
 import os
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 ATTENTION_GAIN = 1.6
 """Standard deviation of queries and keys; attention scores then spread by its square, about 2.6."""
@@ -83,7 +85,9 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
     )
     tokenizer.train_from_iterator([words(20_000, seed=7)], trainer)
     if tokenizer.get_vocab_size() != vocab:
-        raise SystemExit(f"the tokenizer has {tokenizer.get_vocab_size()} entries, not {vocab}: choose a smaller --vocab")
+        raise SystemExit(
+            f"the tokenizer has {tokenizer.get_vocab_size()} entries, not {vocab}: choose a smaller --vocab"
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -126,6 +130,8 @@ def write_config(folder: Path, shape: Shape) -> None:
 
 def weights(shape: Shape, seed: int) -> dict[str, np.ndarray]:
     """All tensors of the model in float32, keyed by their names in the checkpoint."""
+    import numpy as np
+
     rng = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int, gain: float) -> np.ndarray:
@@ -164,7 +170,9 @@ def write_weights(folder: Path, shape: Shape, seed: int) -> None:
 def make_model(folder: Path, shape: Shape, seed: int = 1) -> Path:
     """Writes the model into `folder` unless the same one is there already; returns `folder`."""
     stamp = folder / "greenroom-model.json"
-    wanted = json.dumps({"shape": dataclasses.asdict(shape), "seed": seed, "format": 1}, indent=1, sort_keys=True) + "\n"
+    wanted = (
+        json.dumps({"shape": dataclasses.asdict(shape), "seed": seed, "format": 1}, indent=1, sort_keys=True) + "\n"
+    )
     if stamp.exists() and stamp.read_text() == wanted:
         return folder
     folder.mkdir(parents=True, exist_ok=True)

