@@ -3,6 +3,7 @@
 //! Owns one registry per instance (two sidecars in one test process do not share figures). The actor and the API count here; nothing
 //! in here decides anything, and no label value comes from a client, so the number of series is bounded.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use prometheus::{
@@ -347,6 +348,20 @@ impl Metrics {
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
+    /// Every counter by name and labels as `render` writes them, for `GET /v1/status`.
+    pub fn counters(&self) -> BTreeMap<String, u64> {
+        let Ok(text) = self.render() else {
+            return BTreeMap::new();
+        };
+        let counters = text.lines().filter_map(|line| {
+            let (series, value) = line.rsplit_once(' ')?;
+            let name = series.split('{').next()?;
+            let counted = name.ends_with("_total");
+            Some((series.to_owned(), value.parse().ok().filter(|_| counted)?))
+        });
+        counters.collect()
+    }
+
     /// Sets the number of slots in `state`.
     pub fn set_slots(&self, state: SlotState, slots: u64) {
         self.slots
@@ -476,9 +491,10 @@ impl Metrics {
     }
 
     /// Counts what a BatchAgent prefetch call was answered.
-    pub fn batchagent(&self, pairs: u64, missing: u64) {
-        self.batchagent_pairs.inc_by(pairs);
-        self.batchagent_missing.inc_by(missing);
+    pub fn batchagent(&self, pairs: usize, missing: usize) {
+        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        self.batchagent_pairs.inc_by(count(pairs));
+        self.batchagent_missing.inc_by(count(missing));
     }
 }
 
@@ -613,6 +629,18 @@ mod tests {
         );
         assert!(line(&m, "prefetch_block_pairs_total").ends_with(" 3"));
         assert!(line(&m, "prefetch_missing_total").ends_with(" 4"));
+    }
+
+    #[test]
+    fn counters_are_listed_as_rendered_and_gauges_are_not() {
+        let m = Metrics::new();
+        m.set_engines(1);
+        m.match_blocks(5, 0);
+        m.fenced(2);
+        let counters = m.counters();
+        assert_eq!(counters["greenroom_match_blocks_total{result=\"hit\"}"], 5);
+        assert_eq!(counters["greenroom_fenced_copies_total"], 2);
+        assert!(counters.keys().all(|name| name.contains("_total")));
     }
 
     #[test]
