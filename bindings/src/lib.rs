@@ -1,1 +1,26 @@
-//! Placeholder until its part lands.
+//! `greenroom._native`: what the vLLM connector needs from Rust. Exports only.
+//!
+//! [`hooks::SchedulerHooks`] runs in the process of the engine's scheduler, [`mover::Mover`] in each of its workers;
+//! with one GPU both live in one process, so nothing here is a global. No thread of this module runs Python code, but
+//! for the one call that wakes the engine.
+
+mod config;
+mod errors;
+mod hooks;
+mod mover;
+
+/// The native part of Greenroom's vLLM connector.
+#[pyo3::pymodule]
+mod _native {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use super::hooks::SchedulerHooks;
+    #[pymodule_export]
+    use super::mover::Mover;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

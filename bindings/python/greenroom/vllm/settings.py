@@ -1,0 +1,91 @@
+"""``kv_connector_extra_config`` as a checked value. Knows nothing of vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NoReturn
+
+from greenroom.errors import ConfigError
+
+Layout = Literal["auto", "engine"]
+
+LOOKUP_WAIT_MS_MAX = 10_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may say about Greenroom in ``--kv-transfer-config``."""
+
+    memory: str | None = None
+    """Size of the embedded sidecar's arena, such as ``8GiB``; left out: the sidecar's own default."""
+    socket: str | None = None
+    """Socket of a running sidecar; left out: an embedded one is started."""
+    listen: str | None = None
+    """HTTP address of the embedded sidecar; left out: it has none."""
+    lookup_wait_ms: int = 50
+    """How long a request may wait for the sidecar's answer before it counts as a miss."""
+    gpu_hold_ratio: float = 0.3
+    """Share of vLLM's pool that waiting sessions may be held in."""
+    prefetch: bool = True
+    """Whether KV is brought back before the request; off, it comes back with it."""
+    layout: Layout = "auto"
+    """``auto`` asks vLLM for a block-outermost KV layout on CUDA; ``engine`` leaves the choice to vLLM."""
+    force: bool = False
+    """Start on a vLLM release that Greenroom has not been tested with."""
+
+    @classmethod
+    def parse(cls, extra: Mapping[str, Any]) -> Settings:
+        """Checks every key and value.
+
+        Raises:
+            ConfigError: names the key and says what it should be.
+        """
+        known = {field.name for field in fields(cls)}
+        for key in extra:
+            if key not in known:
+                _refuse(f"unknown key {key!r} in kv_connector_extra_config; known keys: {', '.join(sorted(known))}")
+        for key in ("memory", "socket", "listen"):
+            if key in extra and not (isinstance(extra[key], str) and extra[key]):
+                _refuse(f"{key} must be a string that is not empty, not {extra[key]!r}")
+        for key in ("prefetch", "force"):
+            if key in extra and not isinstance(extra[key], bool):
+                _refuse(f"{key} must be true or false, not {extra[key]!r}")
+        settings = cls(**extra)
+        settings._check_numbers()
+        if settings.layout not in ("auto", "engine"):
+            _refuse(f"layout must be auto or engine, not {settings.layout!r}")
+        if settings.socket is not None:
+            for key in ("memory", "listen"):
+                if getattr(settings, key) is not None:
+                    _refuse(f"{key} belongs to an embedded sidecar and socket names a running one: give one of the two")
+            if not settings.socket.startswith("/"):
+                _refuse(f"socket must be an absolute path, not {settings.socket!r}")
+        return settings
+
+    def _check_numbers(self) -> None:
+        wait, ratio = self.lookup_wait_ms, self.gpu_hold_ratio
+        if not isinstance(wait, int) or isinstance(wait, bool) or not 0 <= wait <= LOOKUP_WAIT_MS_MAX:
+            _refuse(f"lookup_wait_ms must be a whole number from 0 to {LOOKUP_WAIT_MS_MAX}, not {wait!r}")
+        if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 <= ratio <= 1:
+            _refuse(f"gpu_hold_ratio must be a number from 0 to 1, not {ratio!r}")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One engine and its connection to the sidecar: what the native module is given. Equal in all its processes."""
+
+    socket: str
+    engine_id: str
+    rank_bytes: int
+    """Bytes of one block on one rank, all layers."""
+    ranks: int
+    block_tokens: int
+    gpu_blocks: int
+    lookup_wait_ms: int
+    gpu_hold_ratio: float
+    prefetch: bool
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError("config", message)

@@ -1,0 +1,296 @@
+//! A worker's copies for Python: plans in, copies on a thread of the cuda crate, reports out.
+//!
+//! Three threads meet here, none of which but the caller runs Python: vLLM's worker calls the methods, the link's thread
+//! attaches arenas as sidecars come, the copy thread copies.
+
+#![allow(
+    unsafe_code,
+    reason = "the raw addresses of vLLM's KV tensors enter here, in one place"
+)]
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::sync::Arc;
+
+use cuda::{
+    ArenaId, ArenaShard, ComputeMark, ComputeMarker, CopyKind, CopyLimits, CopyThread, DevicePool,
+    DeviceRegion, HostEngine, HostMarker, Job, JobEnd, JobId, Outcome,
+};
+use kvstore::{GpuBlock, SlotId};
+use parking_lot::Mutex;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use sidecar::engine::client::{MappedArena, OnArena, WorkerLink};
+use sidecar::engine::frames::CopyClass;
+use sidecar::engine::plan::{JobReport, PlannedJob, Report, StepPlan};
+
+use crate::config::EngineConfig;
+use crate::errors::NativeError;
+
+/// What the worker side of the connector calls; see `greenroom._native.pyi`.
+#[pyclass(frozen, module = "greenroom._native")]
+pub(crate) struct Mover {
+    rank: u32,
+    /// `None` once closed.
+    parts: Mutex<Option<Parts>>,
+    /// What the regions' memory belongs to. Declared last: let go when no copy can run any more.
+    _memory: Py<PyAny>,
+}
+
+/// Dropped in this order: the link's thread uses the copy thread.
+struct Parts {
+    _link: WorkerLink,
+    copies: Arc<CopyThread>,
+    marker: Box<dyn ComputeMarker>,
+    /// Saves of this step, until it has computed.
+    saves: Vec<PlannedJob>,
+    /// Where running demand loads write.
+    demand: HashMap<u64, Vec<u32>>,
+    /// Jobs that ended without a copy, not yet reported.
+    refused: Vec<JobReport>,
+    /// Blocks of demand loads that failed, not yet told to vLLM.
+    invalid: HashSet<u32>,
+}
+
+#[pymethods]
+impl Mover {
+    /// `regions` are (address of block 0, stride, bytes of a block), and `memory` keeps them allocated.
+    #[new]
+    fn new(
+        py: Python<'_>,
+        config: EngineConfig,
+        rank: u32,
+        regions: Vec<(u64, u64, u64)>,
+        memory: Py<PyAny>,
+    ) -> PyResult<Self> {
+        let parts = py.detach(|| Parts::start(&config, rank, regions))?;
+        Ok(Self {
+            rank,
+            parts: Mutex::new(Some(parts)),
+            _memory: memory,
+        })
+    }
+
+    /// Before the step computes: makes fenced jobs end, gives up cancelled ones, starts the loads.
+    fn begin_step(&self, py: Python<'_>, plan: &[u8], stream: u64) -> PyResult<()> {
+        if plan.is_empty() {
+            return Ok(());
+        }
+        let plan = StepPlan::decode(plan).map_err(NativeError::from)?;
+        py.detach(|| self.with(|parts| parts.begin(plan, stream)))?;
+        Ok(())
+    }
+
+    /// After the step's forward pass has been launched: starts the saves.
+    fn end_step(&self, stream: u64) -> PyResult<()> {
+        Ok(self.with(|parts| parts.end(stream))?)
+    }
+
+    /// The jobs that have ended since the last call, for the scheduler side; `None` if there are none.
+    fn report<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let ended = self.with(Parts::ended)?;
+        if ended.is_empty() {
+            return Ok(None);
+        }
+        let report = Report {
+            rank: self.rank,
+            ended,
+        }
+        .encode()
+        .map_err(NativeError::from)?;
+        Ok(Some(PyBytes::new(py, &report)))
+    }
+
+    /// GPU blocks whose demand load failed, of the jobs reported since the last call.
+    fn invalid_blocks(&self) -> PyResult<HashSet<u32>> {
+        Ok(self.with(|parts| std::mem::take(&mut parts.invalid))?)
+    }
+
+    /// Jobs that have been submitted and have not ended.
+    fn in_flight(&self) -> usize {
+        self.with(|parts| parts.copies.in_flight()).unwrap_or(0)
+    }
+
+    /// Ends the connection, waits for running copies, ends the threads.
+    fn close(&self, py: Python<'_>) {
+        let parts = self.parts.lock().take();
+        py.detach(|| drop(parts));
+    }
+}
+
+impl Mover {
+    fn with<T>(&self, call: impl FnOnce(&mut Parts) -> T) -> Result<T, NativeError> {
+        self.parts
+            .lock()
+            .as_mut()
+            .map(call)
+            .ok_or(NativeError::Closed)
+    }
+}
+
+impl Parts {
+    fn start(
+        config: &EngineConfig,
+        rank: u32,
+        regions: Vec<(u64, u64, u64)>,
+    ) -> Result<Self, NativeError> {
+        let regions = regions
+            .into_iter()
+            .map(|(base, block_stride, block_bytes)| DeviceRegion {
+                base,
+                block_stride,
+                block_bytes,
+            })
+            .collect();
+        // SAFETY: the regions are what `greenroom.vllm.compat.kv_regions` read off vLLM's KV tensors: each lies inside one
+        // tensor's storage, which the regions' caller checked against its size. `Mover` owns a reference to those tensors
+        // and drops it last, after the copy thread has ended. The storage is torch's, allocated through FFI; no Rust
+        // reference to it exists, and torch's own accesses are ordered by vLLM's use of the connector (loads into blocks
+        // that no request reads yet, saves from blocks that are full).
+        let pool = Arc::new(unsafe { DevicePool::new(regions, config.gpu_blocks)? });
+        if pool.rank_bytes() != config.rank_bytes {
+            return Err(NativeError::Geometry {
+                found: pool.rank_bytes(),
+                expected: config.rank_bytes,
+            });
+        }
+        let engine = HostEngine::new(Arc::clone(&pool));
+        let copies = Arc::new(CopyThread::spawn(
+            Box::new(engine),
+            pool,
+            CopyLimits::default(),
+        )?);
+        let (socket, hello) = config.worker_hello(rank);
+        let rank_offset = u64::from(rank) * config.rank_bytes;
+        let link = WorkerLink::open(socket, hello, attach(Arc::clone(&copies), rank_offset))?;
+        Ok(Self {
+            _link: link,
+            copies,
+            marker: Box::new(HostMarker),
+            saves: Vec::new(),
+            demand: HashMap::new(),
+            refused: Vec::new(),
+            invalid: HashSet::new(),
+        })
+    }
+
+    fn begin(&mut self, plan: StepPlan, stream: u64) {
+        let unwanted: HashSet<u64> = plan.fence.iter().chain(&plan.cancel).copied().collect();
+        for job in self.saves.extract_if(.., |job| unwanted.contains(&job.id)) {
+            self.refused.push(not_copied(job.id));
+        }
+        if !plan.fence.is_empty() {
+            self.copies
+                .fence(&plan.fence.into_iter().map(JobId).collect::<Vec<_>>());
+        }
+        if !plan.cancel.is_empty() {
+            self.copies
+                .cancel(&plan.cancel.into_iter().map(JobId).collect::<Vec<_>>());
+        }
+        if !plan.loads.is_empty() {
+            // What was launched before may still read the blocks' earlier content.
+            let after = self.marker.mark(stream);
+            for job in plan.loads {
+                self.submit(job, after);
+            }
+        }
+        self.saves.extend(plan.saves);
+    }
+
+    fn end(&mut self, stream: u64) {
+        if self.saves.is_empty() {
+            return;
+        }
+        let after = self.marker.mark(stream);
+        for job in std::mem::take(&mut self.saves) {
+            self.submit(job, after);
+        }
+    }
+
+    /// A job that cannot be copied is reported as failed: the scheduler side drops it, or has its blocks recomputed.
+    fn submit(&mut self, planned: PlannedJob, after: ComputeMark) {
+        let kind = match planned.kind {
+            CopyClass::Demand => CopyKind::Demand,
+            CopyClass::Prefetch => CopyKind::Prefetch,
+            CopyClass::Save => CopyKind::Save,
+        };
+        if kind == CopyKind::Demand {
+            self.demand.insert(
+                planned.id,
+                planned.pairs.iter().map(|(_, block)| *block).collect(),
+            );
+        }
+        let pairs = planned
+            .pairs
+            .into_iter()
+            .map(|(slot, block)| (SlotId(slot), GpuBlock(block)))
+            .collect();
+        let job = Job {
+            id: JobId(planned.id),
+            kind,
+            arena: ArenaId(planned.boot),
+            pairs,
+        };
+        if let Err(error) = self.copies.submit(job, after) {
+            tracing::warn!(job = planned.id, %error, "not copied");
+            self.refused.push(not_copied(planned.id));
+        }
+    }
+
+    fn ended(&mut self) -> Vec<JobReport> {
+        let mut ended = std::mem::take(&mut self.refused);
+        ended.extend(self.copies.take_finished().iter().map(report));
+        for job in &ended {
+            if let Some(blocks) = self.demand.remove(&job.id)
+                && !job.ok
+            {
+                self.invalid.extend(blocks);
+            }
+        }
+        ended
+    }
+}
+
+/// Makes each arena that the link finds usable, and lets go of the one before it.
+fn attach(copies: Arc<CopyThread>, rank_offset: u64) -> OnArena {
+    let mut current: Option<ArenaId> = None;
+    Box::new(move |arena: MappedArena| {
+        let id = ArenaId(arena.boot);
+        let shard = ArenaShard {
+            map: arena.map,
+            slot_bytes: arena.slot_bytes,
+            rank_offset,
+        };
+        copies.attach(id, shard).map_err(io::Error::other)?;
+        if let Some(old) = current.replace(id) {
+            copies.detach(old);
+        }
+        Ok(())
+    })
+}
+
+fn not_copied(id: u64) -> JobReport {
+    JobReport {
+        id,
+        ok: false,
+        bytes: 0,
+        micros: 0,
+    }
+}
+
+fn report(end: &JobEnd) -> JobReport {
+    JobReport {
+        id: end.id.0,
+        ok: end.outcome == Outcome::Done,
+        bytes: end.bytes,
+        micros: micros(end.seconds),
+    }
+}
+
+/// Seconds as whole microseconds; what does not fit is as long as can be said.
+fn micros(seconds: f64) -> u64 {
+    std::time::Duration::try_from_secs_f64(seconds)
+        .ok()
+        .and_then(|duration| u64::try_from(duration.as_micros()).ok())
+        .unwrap_or(u64::MAX)
+}
