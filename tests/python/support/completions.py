@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from support.http import HttpError, open_connection
+from support.rest import HttpError, open_connection
 
 MODEL_NAME = "model"
 """What every server under test calls its model."""

@@ -49,11 +49,6 @@ class Shape:
     def head_dim(self) -> int:
         return self.hidden // self.heads
 
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token takes, all layers."""
-        width = 4 if self.dtype == "float32" else 2
-        return 2 * self.layers * self.kv_heads * self.head_dim * width
-
 
 PRESETS = {
     "tiny": Shape(layers=2, hidden=128, heads=4, kv_heads=2, intermediate=256, dtype="float32"),
@@ -184,6 +179,17 @@ def make_model(folder: Path, shape: Shape, seed: int = 1) -> Path:
     return folder
 
 
+def kv_bytes_per_token(folder: Path) -> int:
+    """Bytes of keys and values per token of any model with plain attention, from its config file."""
+    config = json.loads((folder / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    width = 4 if dtype == "float32" else 2
+    kv_heads = config.get("num_key_value_heads") or heads
+    return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * width)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -199,7 +205,7 @@ def main() -> None:
     if shape.hidden != shape.heads * shape.head_dim:
         parser.error("--hidden must be a multiple of --heads")
     make_model(given["folder"], shape, given["seed"])
-    print(f"{given['folder']}: {shape}, {shape.kv_bytes_per_token()} bytes of KV per token")
+    print(f"{given['folder']}: {shape}, {kv_bytes_per_token(given['folder'])} bytes of KV per token")
 
 
 if __name__ == "__main__":

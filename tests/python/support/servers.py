@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from support import http
+from support import rest
 from support.completions import MODEL_NAME, Ask, Completion, Stream, complete
 from support.make_model import PRESETS, make_model
 from support.metrics import Metrics
@@ -36,7 +36,7 @@ def wait_ready(process: Process, url: str, timeout_s: float, name: str, say: Say
     """Waits for `url` to answer 2xx, telling how it goes; the log is in the message when it does not."""
     start = time.monotonic()
     told = start
-    while not http.is_up(url):
+    while not rest.is_up(url):
         now = time.monotonic()
         if not process.running():
             raise ProcessFailed(f"{name} ended with {process.returncode()} while starting\n{process.log_tail()}")
@@ -97,19 +97,19 @@ class Sidecar:
         return self.process.terminate(timeout_s)
 
     def get(self, path: str) -> Any:
-        return http.call("GET", self.url + path)
+        return rest.call("GET", self.url + path)
 
     def post(self, path: str, body: Any) -> Any:
-        return http.call("POST", self.url + path, body)
+        return rest.call("POST", self.url + path, body)
 
     def metrics(self) -> Metrics:
-        return Metrics(http.text("GET", self.url + "/metrics"))
+        return Metrics(rest.text("GET", self.url + "/metrics"))
 
     def session(self, name: str) -> dict[str, Any] | None:
         """`GET /v1/sessions/{name}`; None while it is unknown."""
         try:
             answer: dict[str, Any] = self.get(f"/v1/sessions/{name}")
-        except http.HttpError as error:
+        except rest.HttpError as error:
             if error.status == 404:
                 return None
             raise
@@ -236,10 +236,10 @@ class VllmServer:
         return Stream(self.url, ask, timeout_s)
 
     def healthy(self) -> bool:
-        return http.is_up(self.url + "/health")
+        return rest.is_up(self.url + "/health")
 
     def metrics(self) -> Metrics:
-        return Metrics(http.text("GET", self.url + "/metrics"))
+        return Metrics(rest.text("GET", self.url + "/metrics"))
 
     def preemptions(self) -> int:
         return int(self.metrics().sum("vllm:num_preemptions_total"))
@@ -247,22 +247,22 @@ class VllmServer:
     def reset_prefix_cache(self, reset_external: bool = False) -> bool:
         """Development endpoint. With `reset_external` Greenroom's KV is dropped too. Whether vLLM says it worked."""
         query = "?reset_external=true" if reset_external else ""
-        answer = http.call("POST", self.url + "/reset_prefix_cache" + query)
+        answer = rest.call("POST", self.url + "/reset_prefix_cache" + query)
         # 0.26 answers with an empty body.
         return True if answer is None else bool(answer["success"])
 
     def pause(self, mode: str = "abort") -> None:
-        http.call("POST", self.url + f"/pause?mode={mode}")
+        rest.call("POST", self.url + f"/pause?mode={mode}")
 
     def resume(self) -> None:
-        http.call("POST", self.url + "/resume")
+        rest.call("POST", self.url + "/resume")
 
     def sleep(self, level: int = 1) -> None:
         """Needs `--enable-sleep-mode` in `args`."""
-        http.call("POST", self.url + f"/sleep?level={level}")
+        rest.call("POST", self.url + f"/sleep?level={level}")
 
     def wake_up(self) -> None:
-        http.call("POST", self.url + "/wake_up")
+        rest.call("POST", self.url + "/wake_up")
 
 
 @dataclasses.dataclass

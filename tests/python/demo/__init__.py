@@ -1,0 +1,1 @@
+"""The demo: on real vLLM, an agent waits for a tool while other agents take the KV pool."""

@@ -1,0 +1,200 @@
+"""The four arms. Each sample is one agent's turn after a tool wait, and carries the proof of what it claims to be."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from support.completions import Ask, Completion
+from support.flood import flood_asks, prompt, together
+from support.process import wait_until
+from support.servers import Rig, VllmServer
+
+ARMS = ("resident", "recompute", "reactive", "hinted")
+"""Never evicted; Greenroom off; evicted, no hint; evicted, told that the tool runs and ends."""
+
+FLOOD_AGENTS = 3
+TOOL_RESULT_TOKENS = 24
+ANSWER_TOKENS = 8
+SAVED_WAIT_S = 20
+READY_WAIT_S = 10
+SETTLE_WAIT_S = 5
+RELOADED_SHARE = 0.9
+"""Share of a session's full blocks that must have come back from the arena; the flood may leave a few of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes of the workload, in tokens and agents."""
+
+    prompt_tokens: int = 6000
+    agents: int = 2
+    plain_agents: int = 4
+    seed: int = 1
+    block_size: int = 32
+
+    def full_blocks(self) -> int:
+        return self.prompt_tokens // self.block_size
+
+    def whole_prefix(self) -> int:
+        """Tokens that a perfect cache has of the turn after the tool: the full blocks of the turn before."""
+        return self.full_blocks() * self.block_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One measured turn. `from_arena` counts the tokens that the request itself loaded, as vLLM counts them."""
+
+    arm: str
+    round: int
+    ttft_ms: float
+    cached_tokens: int
+    from_arena: int = 0
+    prefetched_blocks: int = 0
+    ready_ms: float | None = None
+    problem: str | None = None
+
+
+class Greenroom:
+    """The arms that run on vLLM with Greenroom, on one server."""
+
+    def __init__(self, rig: Rig, plan: Plan) -> None:
+        self._rig = rig
+        self._plan = plan
+        self._slot_bytes = 0
+
+    def first_turns(self) -> None:
+        """Every agent's first turn: all of it is computed, and saved."""
+        for arm in ("resident", "reactive", "hinted"):
+            for agent in range(self._plan.agents):
+                self._turn(f"{arm}-{agent}")
+        self._flood()
+        status = self._rig.sidecar.get("/v1/status")
+        self._slot_bytes = status["engines"][0]["slot_bytes"]
+
+    def sample(self, arm: str, round_: int) -> Sample:
+        """One sample of `resident`, `reactive` or `hinted`."""
+        agent = f"{arm}-{round_ % self._plan.agents}"
+        self._turn(agent)
+        self._settle()
+        prefetched = self._copied("prefetch")
+        ready_ms = None
+        if arm == "hinted":
+            ready_ms = self._tool_wait(agent, round_)
+        elif arm == "reactive":
+            self._flood()
+        loaded = self._loaded()
+        answer = self._next_turn(agent, round_)
+        self._settle()
+        sample = Sample(
+            arm=arm,
+            round=round_,
+            ttft_ms=answer.ttft_s * 1e3,
+            cached_tokens=answer.cached_tokens,
+            from_arena=self._loaded() - loaded,
+            prefetched_blocks=(self._copied("prefetch") - prefetched) // self._slot_bytes,
+            ready_ms=ready_ms,
+        )
+        return dataclasses.replace(sample, problem=problem(sample, self._plan))
+
+    def _turn(self, agent: str) -> None:
+        """A turn that ends with a tool call. Returns when all full blocks of its prompt are in the arena."""
+        ask = Ask(prompt(agent, self._plan.prompt_tokens, self._plan.seed), ANSWER_TOKENS, session=agent)
+        self._rig.vllm.ask(ask)
+
+        def saved() -> bool:
+            session = self._rig.sidecar.session(agent)
+            return session is not None and session["blocks"]["host"] >= self._plan.full_blocks()
+
+        wait_until(f"saving {agent}", saved, SAVED_WAIT_S)
+
+    def _next_turn(self, agent: str, round_: int) -> Completion:
+        """The turn that is measured: what the agent had, and the tool's result."""
+        return self._rig.vllm.ask(next_turn(agent, round_, self._plan))
+
+    def _tool_wait(self, agent: str, round_: int) -> float:
+        """The tool runs while others take the pool. Milliseconds from its end until the KV is back."""
+        events = f"/v1/sessions/{agent}"
+        call = {"call_id": f"call-{round_}"}
+        self._rig.sidecar.post(f"{events}/tool_start", {"tool": "bash", **call})
+        self._flood()
+        start = time.perf_counter()
+        self._rig.sidecar.post(f"{events}/tool_end", call)
+
+        def ready() -> bool:
+            session = self._rig.sidecar.session(agent)
+            return session is not None and session["blocks"]["gpu"] >= self._plan.full_blocks()
+
+        try:
+            wait_until(f"{agent} back on the GPU", ready, READY_WAIT_S, poll_s=0.002)
+        except TimeoutError:
+            # The sample's own proof says what was missing.
+            return READY_WAIT_S * 1e3
+        return (time.perf_counter() - start) * 1e3
+
+    def _flood(self) -> None:
+        together(self._rig.vllm, flood_asks(self._rig.vllm, FLOOD_AGENTS, "flood", self._plan.seed))
+
+    def _loaded(self) -> int:
+        """Tokens that requests found in the arena and not on the GPU, by vLLM's own count."""
+        return int(self._rig.vllm.metrics().sum("vllm:external_prefix_cache_hits_total"))
+
+    def _copied(self, kind: str) -> int:
+        return int(self._rig.sidecar.metrics().sum("greenroom_copy_bytes_total", kind=kind))
+
+    def _settle(self) -> None:
+        """Waits until no copy has been counted for two looks in a row: a late count would fall to the next sample."""
+        seen = [-1]
+
+        def quiet() -> bool:
+            seen.append(self._copied("prefetch") + self._copied("demand") + self._copied("save"))
+            return seen[-1] == seen[-2]
+
+        wait_until("the end of the copies", quiet, SETTLE_WAIT_S)
+
+
+class Plain:
+    """The arm without Greenroom: stock vLLM, whose pool holds two of its agents and not four."""
+
+    def __init__(self, server: VllmServer, plan: Plan) -> None:
+        self._server = server
+        self._plan = plan
+        self._next = 0
+
+    def first_turns(self) -> None:
+        for agent in range(self._plan.plain_agents):
+            self._server.ask(Ask(prompt(f"plain-{agent}", self._plan.prompt_tokens, self._plan.seed), ANSWER_TOKENS))
+
+    def sample(self, round_: int) -> Sample:
+        """The turn of the agent that waited longest: the other agents' turns took its blocks."""
+        agent = f"plain-{self._next % self._plan.plain_agents}"
+        self._next += 1
+        answer = self._server.ask(next_turn(agent, round_, self._plan))
+        sample = Sample("recompute", round_, answer.ttft_s * 1e3, answer.cached_tokens)
+        return dataclasses.replace(sample, problem=problem(sample, self._plan))
+
+
+def next_turn(agent: str, round_: int, plan: Plan) -> Ask:
+    """The prompt of the turn before, then a tool result that no one has seen."""
+    before = prompt(agent, plan.prompt_tokens, plan.seed)
+    result = prompt(f"{agent}-result-{round_}", TOOL_RESULT_TOKENS, plan.seed)
+    return Ask([*before, *result], ANSWER_TOKENS, session=agent)
+
+
+def problem(sample: Sample, plan: Plan) -> str | None:
+    """Why the sample is not what its arm says; None if it is."""
+    whole = plan.whole_prefix()
+    reloaded = RELOADED_SHARE * plan.full_blocks()
+    if sample.arm == "recompute":
+        return None if sample.cached_tokens == 0 else f"{sample.cached_tokens} tokens were cached, not 0"
+    if sample.cached_tokens != whole:
+        return f"{sample.cached_tokens} tokens were cached, not {whole}"
+    if sample.arm == "reactive" and sample.from_arena < reloaded * plan.block_size:
+        return f"the request loaded only {sample.from_arena} of {whole} tokens: it was not evicted"
+    if sample.arm != "reactive" and sample.from_arena:
+        return f"the request still had to load {sample.from_arena} tokens"
+    if sample.arm == "hinted" and sample.prefetched_blocks < reloaded:
+        return f"only {sample.prefetched_blocks} of {plan.full_blocks()} blocks were brought back: it was not evicted"
+    if sample.arm != "hinted" and sample.prefetched_blocks:
+        return f"{sample.prefetched_blocks} blocks were prefetched without a hint"
+    return None
