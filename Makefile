@@ -46,7 +46,8 @@ install: wheel .venv/.ready ## the wheel, installed beside vLLM in .venv
 
 .PHONY: test
 test: check install install-026 ## every test there is: `check`, then everything that needs a real vLLM
-	.venv/bin/python -m pytest tests/python -m vllm $(PYTEST_FLAGS)
+	.venv-026/bin/python -m pytest tests/python/unit $(PYTEST_FLAGS)
+	.venv/bin/python -m pytest tests/python $(PYTEST_FLAGS)
 
 .PHONY: check
 check: lint check-rust check-python ## the inner loop, without vLLM
@@ -70,7 +71,7 @@ check-rust: ## Rust tests, with the default features and with `strict`
 	cargo test $(CARGO_FLAGS) --doc --quiet
 
 .PHONY: check-python
-check-python: $(TOOLS)/.ready ## the native module against its stub, and the Python tests that need no vLLM
+check-python: $(TOOLS)/.ready ## the native module against its stub, the Python tests that need no vLLM
 	$(call build-wheel,,debug,target/wheels-debug)
 	$(UV) pip install --quiet --no-deps --reinstall --python $(TOOLS) target/wheels-debug/greenroom-*.whl
 	$(TOOLS)/bin/stubtest greenroom._native
