@@ -76,7 +76,11 @@ struct LinkState {
 
 impl Shared {
     fn new() -> Arc<Self> {
-        Arc::new(Self { epoch: AtomicU64::new(0), state: Mutex::default(), closing: Condvar::new() })
+        Arc::new(Self {
+            epoch: AtomicU64::new(0),
+            state: Mutex::default(),
+            closing: Condvar::new(),
+        })
     }
 
     /// Waits between attempts; true when the link is closed.
@@ -141,11 +145,23 @@ impl SchedulerLink {
     pub fn open(socket: PathBuf, hello: Hello, waker: Waker) -> io::Result<Self> {
         let shared = Shared::new();
         let (inbox_in, inbox) = bounded(QUEUE_MESSAGES);
-        let supervisor = std::thread::Builder::new().name("greenroom-link".into()).spawn({
-            let supervisor = Supervisor { shared: shared.clone(), inbox: inbox_in, waker, socket, hello };
-            move || supervisor.run()
-        })?;
-        Ok(Self { shared, inbox, supervisor: Some(supervisor) })
+        let supervisor = std::thread::Builder::new()
+            .name("greenroom-link".into())
+            .spawn({
+                let supervisor = Supervisor {
+                    shared: shared.clone(),
+                    inbox: inbox_in,
+                    waker,
+                    socket,
+                    hello,
+                };
+                move || supervisor.run()
+            })?;
+        Ok(Self {
+            shared,
+            inbox,
+            supervisor: Some(supervisor),
+        })
     }
 
     /// The epoch word: unchanged means that the inbox has nothing new. Costs no system call.
@@ -231,7 +247,9 @@ impl Supervisor {
     }
 
     fn deliver(&self, inbound: Inbound) -> io::Result<()> {
-        self.inbox.send(inbound).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+        self.inbox
+            .send(inbound)
+            .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
         self.shared.epoch.fetch_add(1, Ordering::Release);
         (self.waker)();
         Ok(())
@@ -253,16 +271,20 @@ impl Supervisor {
             return Ok(());
         }
         let writer = stream.try_clone()?;
-        let writer = std::thread::Builder::new().name("greenroom-out".into()).spawn(move || {
-            for frame in frames {
-                if (&writer).write_all(&frame).is_err() {
-                    // The reader sees the same end and reports it.
-                    writer.shutdown(Shutdown::Both).unwrap_or_default();
-                    return;
+        let writer = std::thread::Builder::new()
+            .name("greenroom-out".into())
+            .spawn(move || {
+                for frame in frames {
+                    if (&writer).write_all(&frame).is_err() {
+                        // The reader sees the same end and reports it.
+                        writer.shutdown(Shutdown::Both).unwrap_or_default();
+                        return;
+                    }
                 }
-            }
-        })?;
-        let ended = self.deliver(Inbound::Connected { boot }).and_then(|()| self.read(&stream));
+            })?;
+        let ended = self
+            .deliver(Inbound::Connected { boot })
+            .and_then(|()| self.read(&stream));
         self.shared.disconnect();
         if writer.join().is_err() {
             tracing::error!("the link's writer thread panicked");
@@ -278,7 +300,10 @@ impl Supervisor {
     fn read(&self, stream: &UnixStream) -> io::Result<()> {
         loop {
             let (sequence, body, _) = read_frame(stream)?;
-            self.deliver(Inbound::Message { sequence, message: decode(&body).map_err(invalid)? })?;
+            self.deliver(Inbound::Message {
+                sequence,
+                message: decode(&body).map_err(invalid)?,
+            })?;
         }
     }
 }
@@ -310,27 +335,32 @@ impl WorkerLink {
     /// If the thread cannot be started.
     pub fn open(socket: PathBuf, hello: Hello, mut on_arena: OnArena) -> io::Result<Self> {
         let shared = Shared::new();
-        let thread = std::thread::Builder::new().name("greenroom-arena".into()).spawn({
-            let shared = shared.clone();
-            move || {
-                let (mut pause, mut attached, mut last) = (RETRY_MIN, None, String::new());
-                loop {
-                    match attend(&shared, &socket, &hello, &mut attached, &mut on_arena) {
-                        Ok(()) => (pause, last) = (RETRY_MIN, String::new()),
-                        Err(error) if error.to_string() != last => {
-                            last = error.to_string();
-                            tracing::info!(socket = %socket.display(), %error, "no arena yet");
+        let thread = std::thread::Builder::new()
+            .name("greenroom-arena".into())
+            .spawn({
+                let shared = shared.clone();
+                move || {
+                    let (mut pause, mut attached, mut last) = (RETRY_MIN, None, String::new());
+                    loop {
+                        match attend(&shared, &socket, &hello, &mut attached, &mut on_arena) {
+                            Ok(()) => (pause, last) = (RETRY_MIN, String::new()),
+                            Err(error) if error.to_string() != last => {
+                                last = error.to_string();
+                                tracing::info!(socket = %socket.display(), %error, "no arena yet");
+                            }
+                            Err(_) => {}
                         }
-                        Err(_) => {}
+                        if shared.pause(pause) {
+                            return;
+                        }
+                        pause = (pause * 2).min(RETRY_MAX);
                     }
-                    if shared.pause(pause) {
-                        return;
-                    }
-                    pause = (pause * 2).min(RETRY_MAX);
                 }
-            }
-        })?;
-        Ok(Self { shared, thread: Some(thread) })
+            })?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
     }
 
     /// Ends the connection and its thread.
@@ -360,7 +390,11 @@ fn attend(
 ) -> io::Result<()> {
     let (stream, answer, descriptor) = greet(socket, hello)?;
     let (boot, arena_bytes, slot_bytes) = match answer {
-        ToEngine::Welcome { boot, arena_bytes, slot_bytes } => (boot, arena_bytes, slot_bytes),
+        ToEngine::Welcome {
+            boot,
+            arena_bytes,
+            slot_bytes,
+        } => (boot, arena_bytes, slot_bytes),
         ToEngine::Refused { reason } => return Err(io::Error::other(reason)),
         _ => return Err(invalid(FrameError::Malformed)),
     };
@@ -368,9 +402,14 @@ fn attend(
         return Ok(());
     }
     if *attached != Some(boot) {
-        let descriptor = descriptor.ok_or_else(|| io::Error::other("the welcome came without the arena"))?;
+        let descriptor =
+            descriptor.ok_or_else(|| io::Error::other("the welcome came without the arena"))?;
         let map = ArenaMap::map(descriptor, arena_bytes).map_err(io::Error::other)?;
-        on_arena(MappedArena { boot, map: Arc::new(map), slot_bytes })?;
+        on_arena(MappedArena {
+            boot,
+            map: Arc::new(map),
+            slot_bytes,
+        })?;
         *attached = Some(boot);
     }
     (&stream).write_all(&encode(2, &ToSidecar::ArenaReady).map_err(invalid)?)?;

@@ -38,7 +38,9 @@ pub enum FrameError {
     #[error("the peer does not speak the Greenroom engine protocol")]
     NotOurs,
     /// The other end is of another release.
-    #[error("protocol version {0}, this end speaks {PROTOCOL}: install the same Greenroom release on both ends")]
+    #[error(
+        "protocol version {0}, this end speaks {PROTOCOL}: install the same Greenroom release on both ends"
+    )]
     Version(u16),
     /// Larger than [`BODY_MAX`].
     #[error("frame body of {0} bytes, the limit is {BODY_MAX}")]
@@ -75,7 +77,8 @@ impl Header {
 /// # Errors
 /// [`FrameError::TooLarge`] if the message does not fit.
 pub fn encode<T: Serialize>(sequence: u64, message: &T) -> Result<Vec<u8>, FrameError> {
-    let frame = postcard::to_extend(message, vec![0; HEADER_BYTES]).map_err(|_| FrameError::Malformed)?;
+    let frame =
+        postcard::to_extend(message, vec![0; HEADER_BYTES]).map_err(|_| FrameError::Malformed)?;
     let body = frame.len() - HEADER_BYTES;
     if body > BODY_MAX {
         return Err(FrameError::TooLarge(body));
@@ -84,7 +87,9 @@ pub fn encode<T: Serialize>(sequence: u64, message: &T) -> Result<Vec<u8>, Frame
         magic: MAGIC.to_le(),
         version: PROTOCOL.to_le(),
         reserved: 0,
-        body_bytes: u32::try_from(body).map_err(|_| FrameError::TooLarge(body))?.to_le(),
+        body_bytes: u32::try_from(body)
+            .map_err(|_| FrameError::TooLarge(body))?
+            .to_le(),
         padding: 0,
         sequence: sequence.to_le(),
     };
@@ -99,7 +104,7 @@ pub fn encode<T: Serialize>(sequence: u64, message: &T) -> Result<Vec<u8>, Frame
 /// [`FrameError::Malformed`] if it is not exactly one message.
 pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, FrameError> {
     match postcard::take_from_bytes(body) {
-        Ok((message, rest)) if rest.is_empty() => Ok(message),
+        Ok((message, [])) => Ok(message),
         _ => Err(FrameError::Malformed),
     }
 }
@@ -473,9 +478,13 @@ mod tests {
             ToSidecar::Figures(Box::default()),
         ] {
             let frame = encode(42, &message).unwrap();
-            let (body, sequence) = Header::parse(frame[..HEADER_BYTES].try_into().unwrap()).unwrap();
+            let (body, sequence) =
+                Header::parse(frame[..HEADER_BYTES].try_into().unwrap()).unwrap();
             assert_eq!((body, sequence), (frame.len() - HEADER_BYTES, 42));
-            assert_eq!(decode::<ToSidecar>(&frame[HEADER_BYTES..]).unwrap(), message);
+            assert_eq!(
+                decode::<ToSidecar>(&frame[HEADER_BYTES..]).unwrap(),
+                message
+            );
         }
     }
 
@@ -489,12 +498,17 @@ mod tests {
         assert_eq!(Header::parse(&head), Err(FrameError::NotOurs));
         let mut head: [u8; HEADER_BYTES] = good[..HEADER_BYTES].try_into().unwrap();
         head[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert_eq!(Header::parse(&head), Err(FrameError::TooLarge(u32::MAX as usize)));
+        assert_eq!(
+            Header::parse(&head),
+            Err(FrameError::TooLarge(u32::MAX as usize))
+        );
     }
 
     #[test]
     fn trailing_bytes_and_ragged_hashes_are_refused() {
-        let mut body = encode(0, &ToSidecar::Reset).unwrap().split_off(HEADER_BYTES);
+        let mut body = encode(0, &ToSidecar::Reset)
+            .unwrap()
+            .split_off(HEADER_BYTES);
         body.push(0);
         assert_eq!(decode::<ToSidecar>(&body), Err(FrameError::Malformed));
         let ragged = postcard::to_stdvec(&[1u8; 33][..]).unwrap();
@@ -503,7 +517,9 @@ mod tests {
 
     #[test]
     fn oversized_messages_are_refused_before_they_are_sent() {
-        let message = ToSidecar::Reserve { hashes: Hashes(vec![BlockHash([0; 32]); BODY_MAX / 32 + 1]) };
+        let message = ToSidecar::Reserve {
+            hashes: Hashes(vec![BlockHash([0; 32]); BODY_MAX / 32 + 1]),
+        };
         assert!(matches!(encode(0, &message), Err(FrameError::TooLarge(_))));
     }
 

@@ -33,7 +33,10 @@ pub struct StepPlan {
 impl StepPlan {
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
-        self.fence.is_empty() && self.cancel.is_empty() && self.loads.is_empty() && self.saves.is_empty()
+        self.fence.is_empty()
+            && self.cancel.is_empty()
+            && self.loads.is_empty()
+            && self.saves.is_empty()
     }
 
     /// As bytes for the worker.

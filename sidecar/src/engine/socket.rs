@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
-    sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
 use super::frames::{FrameError, HEADER_BYTES, Header};
@@ -16,12 +16,24 @@ use super::frames::{FrameError, HEADER_BYTES, Header};
 ///
 /// # Errors
 /// As `sendmsg(2)`; `WouldBlock` on a non-blocking socket whose buffer is full.
-pub fn send_with_descriptor(socket: BorrowedFd<'_>, frame: &[u8], descriptor: BorrowedFd<'_>) -> io::Result<usize> {
+pub fn send_with_descriptor(
+    socket: BorrowedFd<'_>,
+    frame: &[u8],
+    descriptor: BorrowedFd<'_>,
+) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let descriptors = [descriptor];
-    assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)), "the buffer was made for one descriptor");
-    Ok(sendmsg(socket, &[IoSlice::new(frame)], &mut control, SendFlags::NOSIGNAL)?)
+    assert!(
+        control.push(SendAncillaryMessage::ScmRights(&descriptors)),
+        "the buffer was made for one descriptor"
+    );
+    Ok(sendmsg(
+        socket,
+        &[IoSlice::new(frame)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?)
 }
 
 /// Reads one frame; returns its sequence number, its body and the descriptor that came with it, if any.

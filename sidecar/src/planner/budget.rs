@@ -42,7 +42,10 @@ pub const BUSY_PERCENT: usize = 80;
 /// How many blocks may be fetched now: `free − kept − chunk ≥ reserve`.
 pub fn admit(pool: PoolFacts, demand: Demand) -> Admission {
     assert!(demand.missing > 0 && demand.chunk > 0, "nothing to admit");
-    let room = pool.free.saturating_sub(pool.reserve).saturating_sub(demand.kept);
+    let room = pool
+        .free
+        .saturating_sub(pool.reserve)
+        .saturating_sub(demand.kept);
     let fetch = demand.missing.min(demand.chunk).min(room);
     if fetch > 0 {
         Admission::Fetch(fetch)
@@ -63,17 +66,84 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const POOL: PoolFacts = PoolFacts { total: 400, free: 300, reserve: 50 };
+    const POOL: PoolFacts = PoolFacts {
+        total: 400,
+        free: 300,
+        reserve: 50,
+    };
 
     #[test]
     fn the_chunk_leaves_the_reserve_and_the_kept_prefix_alone() {
-        assert_eq!(admit(POOL, Demand { missing: 90, kept: 0, chunk: 64 }), Admission::Fetch(64));
-        assert_eq!(admit(POOL, Demand { missing: 20, kept: 0, chunk: 64 }), Admission::Fetch(20));
-        assert_eq!(admit(POOL, Demand { missing: 90, kept: 240, chunk: 64 }), Admission::Fetch(10));
-        assert_eq!(admit(POOL, Demand { missing: 90, kept: 250, chunk: 64 }), Admission::Later);
-        let tight = PoolFacts { reserve: 300, ..POOL };
-        assert_eq!(admit(tight, Demand { missing: 1, kept: 0, chunk: 64 }), Admission::Later);
-        assert_eq!(admit(tight, Demand { missing: 500, kept: 0, chunk: 64 }), Admission::TooLarge);
+        assert_eq!(
+            admit(
+                POOL,
+                Demand {
+                    missing: 90,
+                    kept: 0,
+                    chunk: 64
+                }
+            ),
+            Admission::Fetch(64)
+        );
+        assert_eq!(
+            admit(
+                POOL,
+                Demand {
+                    missing: 20,
+                    kept: 0,
+                    chunk: 64
+                }
+            ),
+            Admission::Fetch(20)
+        );
+        assert_eq!(
+            admit(
+                POOL,
+                Demand {
+                    missing: 90,
+                    kept: 240,
+                    chunk: 64
+                }
+            ),
+            Admission::Fetch(10)
+        );
+        assert_eq!(
+            admit(
+                POOL,
+                Demand {
+                    missing: 90,
+                    kept: 250,
+                    chunk: 64
+                }
+            ),
+            Admission::Later
+        );
+        let tight = PoolFacts {
+            reserve: 300,
+            ..POOL
+        };
+        assert_eq!(
+            admit(
+                tight,
+                Demand {
+                    missing: 1,
+                    kept: 0,
+                    chunk: 64
+                }
+            ),
+            Admission::Later
+        );
+        assert_eq!(
+            admit(
+                tight,
+                Demand {
+                    missing: 500,
+                    kept: 0,
+                    chunk: 64
+                }
+            ),
+            Admission::TooLarge
+        );
     }
 
     #[test]

@@ -13,8 +13,16 @@ const SURVIVORS_MIN: usize = 8;
 const UNKNOWN: Duration = Duration::from_secs(1);
 
 /// Tools whose answer comes from a person.
-const HUMAN: [&str; 8] =
-    ["askuserquestion", "ask_user", "ask_human", "human", "user_input", "approval", "request_approval", "exitplanmode"];
+const HUMAN: [&str; 8] = [
+    "askuserquestion",
+    "ask_user",
+    "ask_human",
+    "human",
+    "user_input",
+    "approval",
+    "request_approval",
+    "exitplanmode",
+];
 
 /// Whether a tool waits for a person: nothing is brought back for those.
 pub fn is_human(tool: &str) -> bool {
@@ -46,7 +54,10 @@ impl Durations {
     /// longer observations the tail is taken as Pareto with α = 2, whose median remaining time is `e·(√2 − 1)`
     /// (with the elapsed time as the scale; InferCept's estimator is the mean of the same tail).
     pub fn remaining(&self, tool: &str, elapsed: Duration) -> Duration {
-        let of_tool = self.tools.get(tool).and_then(|ring| median_excess(ring, elapsed));
+        let of_tool = self
+            .tools
+            .get(tool)
+            .and_then(|ring| median_excess(ring, elapsed));
         of_tool
             .or_else(|| median_excess(&self.all, elapsed))
             .unwrap_or_else(|| elapsed.max(UNKNOWN).mul_f64(std::f64::consts::SQRT_2 - 1.0))
@@ -61,7 +72,11 @@ fn remember(ring: &mut VecDeque<Duration>, took: Duration) {
 }
 
 fn median_excess(ring: &VecDeque<Duration>, elapsed: Duration) -> Option<Duration> {
-    let mut excess: Vec<Duration> = ring.iter().filter(|d| **d > elapsed).map(|d| *d - elapsed).collect();
+    let mut excess: Vec<Duration> = ring
+        .iter()
+        .filter(|d| **d > elapsed)
+        .map(|d| *d - elapsed)
+        .collect();
     if excess.len() < SURVIVORS_MIN {
         return None;
     }

@@ -2,7 +2,7 @@
 //!
 //! Owns the session table and the tool statistics. Takes `now`, returns values; never touches the store or an engine.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use kvstore::{BlockHash, NamespaceId};
@@ -11,8 +11,6 @@ use super::durations::{Durations, is_human};
 use crate::commands::{CommandError, SessionName, ToolEnd, ToolProgress, ToolStart};
 use crate::engine::frames::{Residence, Wish};
 
-/// Sessions remembered; the least recently used one that is neither in a turn nor in a tool goes first.
-pub const SESSIONS_MAX: usize = 4096;
 /// Parallel tool calls of one session.
 pub const CALLS_MAX: usize = 64;
 /// How long after a turn its blocks are held when nobody said what comes next.
@@ -123,8 +121,10 @@ impl Session {
 }
 
 /// The session table.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Sessions {
+    /// Sessions remembered; beyond it the least recently used one that is neither in a turn nor in a tool goes.
+    limit: usize,
     table: HashMap<SessionKey, Session>,
     names: HashMap<SessionName, SessionKey>,
     /// Last full prompt block → session, for requests that name no session.
@@ -134,6 +134,18 @@ pub struct Sessions {
 }
 
 impl Sessions {
+    /// An empty table for at most `limit` sessions.
+    pub fn new(limit: usize) -> Self {
+        Self {
+            limit,
+            table: HashMap::new(),
+            names: HashMap::new(),
+            prompts: HashMap::new(),
+            durations: Durations::default(),
+            next_key: 0,
+        }
+    }
+
     /// The session of that key.
     pub fn get(&self, key: SessionKey) -> Option<&Session> {
         self.table.get(&key)
@@ -188,7 +200,9 @@ impl Sessions {
 
     /// A request ended with these full blocks.
     pub fn turn_ended(&mut self, key: SessionKey, chain: &[BlockHash], now: Instant) {
-        let Some(session) = self.table.get_mut(&key) else { return };
+        let Some(session) = self.table.get_mut(&key) else {
+            return;
+        };
         session.running = session.running.saturating_sub(1);
         session.chain = chain.to_vec();
         session.prompt_blocks = session.prompt_blocks.min(chain.len());
@@ -200,11 +214,82 @@ impl Sessions {
 
     /// An engine is gone: its sessions are in no turn any more and have nothing on the GPU.
     pub fn engine_left(&mut self, engine: EngineKey) {
-        for session in self.table.values_mut().filter(|s| s.home.is_some_and(|(home, _)| home == engine)) {
+        for session in self
+            .table
+            .values_mut()
+            .filter(|s| s.home.is_some_and(|(home, _)| home == engine))
+        {
             session.running = 0;
             session.residence = Residence::Host;
             session.gpu_blocks = 0;
         }
+    }
+
+    /// Sessions of an engine's last turns.
+    pub fn of_engine(&self, engine: EngineKey) -> impl Iterator<Item = SessionKey> {
+        let at_home = move |s: &&Session| s.home.is_some_and(|(home, _)| home == engine);
+        self.table.values().filter(at_home).map(|s| s.key)
+    }
+
+    /// Hands the sessions of a namespace whose engine is not among the `connected` to another; returns them.
+    pub fn rehome(
+        &mut self,
+        id: NamespaceId,
+        to: EngineKey,
+        connected: &HashSet<EngineKey>,
+    ) -> Vec<SessionKey> {
+        let orphans = self.table.values_mut().filter_map(|session| {
+            let (engine, namespace) = session.home?;
+            if namespace != id || (engine != to && connected.contains(&engine)) {
+                return None;
+            }
+            session.home = Some((to, id));
+            Some(session.key)
+        });
+        orphans.collect()
+    }
+
+    /// A namespace was reset: its chains name nothing any more. Returns the sessions concerned.
+    pub fn forget_chains(&mut self, id: NamespaceId) -> Vec<SessionKey> {
+        let keys: Vec<SessionKey> = self
+            .table
+            .values()
+            .filter(|s| s.home.is_some_and(|(_, home)| home == id))
+            .map(|s| s.key)
+            .collect();
+        for key in &keys {
+            self.unlink_prompt(*key);
+            if let Some(session) = self.table.get_mut(key).filter(|s| !s.is_active()) {
+                session.chain.clear();
+                session.prompt_blocks = 0;
+                session.gpu_blocks = 0;
+                session.residence = Residence::Host;
+            }
+        }
+        keys
+    }
+
+    /// A chain that a client names by its hashes becomes a session that has had its turn.
+    ///
+    /// # Errors
+    /// [`CommandError::TooManySessions`].
+    pub fn adopt(
+        &mut self,
+        name: SessionName,
+        home: (EngineKey, NamespaceId),
+        chain: &[BlockHash],
+        now: Instant,
+    ) -> Result<SessionKey, CommandError> {
+        let key = match self.names.get(&name) {
+            Some(key) => *key,
+            None => self.create(Some(name), now)?,
+        };
+        if let Some(session) = self.table.get_mut(&key) {
+            session.home = Some(home);
+            session.chain = chain.to_vec();
+            session.last_used = now;
+        }
+        Ok(key)
     }
 
     /// The engine's news of a session.
@@ -219,19 +304,34 @@ impl Sessions {
     ///
     /// # Errors
     /// [`CommandError::TooManySessions`], [`CommandError::TooManyCalls`].
-    pub fn tool_start(&mut self, name: &SessionName, start: ToolStart, now: Instant) -> Result<SessionKey, CommandError> {
+    pub fn tool_start(
+        &mut self,
+        name: &SessionName,
+        start: ToolStart,
+        now: Instant,
+    ) -> Result<SessionKey, CommandError> {
         let key = match self.names.get(name) {
             Some(key) => *key,
             None => self.create(Some(name.clone()), now)?,
         };
-        let session = self.table.get_mut(&key).ok_or(CommandError::UnknownSession)?;
+        let session = self
+            .table
+            .get_mut(&key)
+            .ok_or(CommandError::UnknownSession)?;
         // The same call said twice is one call: a harness may retry.
-        session.calls.retain(|call| call.id.is_none() || call.id != start.call_id);
+        session
+            .calls
+            .retain(|call| call.id.is_none() || call.id != start.call_id);
         if session.calls.len() == CALLS_MAX {
             return Err(CommandError::TooManyCalls);
         }
         let due = start.eta.map(|eta| now + eta);
-        session.calls.push(Call { id: start.call_id, tool: start.tool, started: now, due });
+        session.calls.push(Call {
+            id: start.call_id,
+            tool: start.tool,
+            started: now,
+            due,
+        });
         session.expected = Expected::Unknown;
         session.last_used = now;
         Ok(key)
@@ -248,7 +348,10 @@ impl Sessions {
         now: Instant,
     ) -> Result<SessionKey, CommandError> {
         let key = *self.names.get(name).ok_or(CommandError::UnknownSession)?;
-        let session = self.table.get_mut(&key).ok_or(CommandError::UnknownSession)?;
+        let session = self
+            .table
+            .get_mut(&key)
+            .ok_or(CommandError::UnknownSession)?;
         let call = session
             .calls
             .iter_mut()
@@ -270,21 +373,36 @@ impl Sessions {
     ///
     /// # Errors
     /// [`CommandError::UnknownSession`], [`CommandError::UnknownCall`].
-    pub fn tool_end(&mut self, name: &SessionName, end: &ToolEnd, now: Instant) -> Result<SessionKey, CommandError> {
+    pub fn tool_end(
+        &mut self,
+        name: &SessionName,
+        end: &ToolEnd,
+        now: Instant,
+    ) -> Result<SessionKey, CommandError> {
         let key = *self.names.get(name).ok_or(CommandError::UnknownSession)?;
-        let session = self.table.get_mut(&key).ok_or(CommandError::UnknownSession)?;
-        let at = session.calls.iter().rposition(|call| end.call_id.is_none() || call.id == end.call_id);
+        let session = self
+            .table
+            .get_mut(&key)
+            .ok_or(CommandError::UnknownSession)?;
+        let at = session
+            .calls
+            .iter()
+            .rposition(|call| end.call_id.is_none() || call.id == end.call_id);
         match at {
             Some(at) => {
                 let call = session.calls.remove(at);
-                self.durations.observe(&call.tool, now.saturating_duration_since(call.started));
+                self.durations
+                    .observe(&call.tool, now.saturating_duration_since(call.started));
             }
             // An end without a start still says that the agent comes back; an unknown id among known ones does not.
             None if end.call_id.is_none() && !session.is_active() => {}
             None => return Err(CommandError::UnknownCall),
         }
         if session.calls.is_empty() {
-            session.expected = Expected::Due { since: now, at: now };
+            session.expected = Expected::Due {
+                since: now,
+                at: now,
+            };
         }
         session.last_used = now;
         Ok(key)
@@ -293,7 +411,10 @@ impl Sessions {
     /// A prefetch hint: the session is due.
     pub fn expect(&mut self, key: SessionKey, eta: Duration, now: Instant) {
         if let Some(session) = self.table.get_mut(&key) {
-            session.expected = Expected::Due { since: now, at: now + eta };
+            session.expected = Expected::Due {
+                since: now,
+                at: now + eta,
+            };
             session.last_used = now;
         }
     }
@@ -330,7 +451,9 @@ impl Sessions {
         // Parallel calls: the session returns with the last of them.
         let of_calls = session.calls.iter().map(|call| {
             call.due.unwrap_or_else(|| {
-                now + self.durations.remaining(&call.tool, now.saturating_duration_since(call.started))
+                now + self
+                    .durations
+                    .remaining(&call.tool, now.saturating_duration_since(call.started))
             })
         });
         match session.expected {
@@ -341,22 +464,44 @@ impl Sessions {
 
     /// What the engine should do for it now.
     pub fn want(&self, key: SessionKey, now: Instant) -> Want {
-        const NOTHING: Want = Want { wish: Wish::Nothing, expected: None, hold: Duration::ZERO };
-        let Some(session) = self.table.get(&key).filter(|s| !s.is_active() && s.home.is_some()) else { return NOTHING };
-        let since_turn = session.turn_ended.map_or(HOLD_MAX, |at| now.saturating_duration_since(at));
+        const NOTHING: Want = Want {
+            wish: Wish::Nothing,
+            expected: None,
+            hold: Duration::ZERO,
+        };
+        let Some(session) = self
+            .table
+            .get(&key)
+            .filter(|s| !s.is_active() && s.home.is_some() && !s.chain.is_empty())
+        else {
+            return NOTHING;
+        };
+        let since_turn = session
+            .turn_ended
+            .map_or(HOLD_MAX, |at| now.saturating_duration_since(at));
         let hold = |longest: Duration| longest.saturating_sub(since_turn);
         match session.expected {
             Expected::Due { since, at } => {
                 if now.saturating_duration_since(since.max(at)) >= DUE_MAX {
                     return NOTHING;
                 }
-                Want { wish: Wish::Now, expected: Some(at), hold: at.saturating_duration_since(now) + HOLD_MAX }
+                Want {
+                    wish: Wish::Now,
+                    expected: Some(at),
+                    hold: at.saturating_duration_since(now) + HOLD_MAX,
+                }
             }
             Expected::Unknown if session.waits_for_person() => NOTHING,
-            Expected::Unknown if !session.calls.is_empty() => {
-                Want { wish: Wish::WhenRoom, expected: self.expected_return(key, now), hold: hold(HOLD_MAX) }
-            }
-            Expected::Unknown => Want { wish: Wish::Keep, expected: None, hold: hold(HOLD_UNKNOWN) },
+            Expected::Unknown if !session.calls.is_empty() => Want {
+                wish: Wish::WhenRoom,
+                expected: self.expected_return(key, now),
+                hold: hold(HOLD_MAX),
+            },
+            Expected::Unknown => Want {
+                wish: Wish::Keep,
+                expected: None,
+                hold: hold(HOLD_UNKNOWN),
+            },
         }
     }
 
@@ -371,13 +516,17 @@ impl Sessions {
     fn longest_prompt(&self, namespace: NamespaceId, chain: &[BlockHash]) -> Option<SessionKey> {
         chain.iter().rev().find_map(|hash| {
             let session = self.table.get(self.prompts.get(hash)?)?;
-            let fits = !session.is_active() && session.home.is_some_and(|(_, home)| home == namespace);
+            let fits =
+                !session.is_active() && session.home.is_some_and(|(_, home)| home == namespace);
             fits.then_some(session.key)
         })
     }
 
     fn unlink_prompt(&mut self, key: SessionKey) {
-        let last = self.table.get(&key).and_then(|s| s.chain.get(s.prompt_blocks.checked_sub(1)?).copied());
+        let last = self
+            .table
+            .get(&key)
+            .and_then(|s| s.chain.get(s.prompt_blocks.checked_sub(1)?).copied());
         if let Some(last) = last
             && self.prompts.get(&last) == Some(&key)
         {
@@ -385,17 +534,28 @@ impl Sessions {
         }
     }
 
-    fn create(&mut self, name: Option<SessionName>, now: Instant) -> Result<SessionKey, CommandError> {
-        if self.table.len() >= SESSIONS_MAX {
-            let idle = self.table.values().filter(|s| !s.is_active() && s.calls.is_empty());
-            let oldest = idle.min_by_key(|s| s.last_used).map(|s| s.key).ok_or(CommandError::TooManySessions)?;
+    fn create(
+        &mut self,
+        name: Option<SessionName>,
+        now: Instant,
+    ) -> Result<SessionKey, CommandError> {
+        if self.table.len() >= self.limit {
+            let idle = self
+                .table
+                .values()
+                .filter(|s| !s.is_active() && s.calls.is_empty());
+            let oldest = idle
+                .min_by_key(|s| s.last_used)
+                .map(|s| s.key)
+                .ok_or(CommandError::TooManySessions)?;
             self.retire(oldest);
         }
         self.next_key += 1;
         let key = SessionKey(self.next_key);
         let name = match name {
             Some(name) => name,
-            None => SessionName::new(&format!("unnamed-{}", key.0)).map_err(|_| CommandError::UnknownSession)?,
+            None => SessionName::new(&format!("unnamed-{}", key.0))
+                .map_err(|_| CommandError::UnknownSession)?,
         };
         self.names.insert(name.clone(), key);
         self.table.insert(
@@ -425,7 +585,11 @@ fn common_prefix(a: &[BlockHash], b: &[BlockHash]) -> usize {
     let (mut low, mut high) = (0, a.len().min(b.len()));
     while low < high {
         let middle = low.midpoint(high);
-        if a[middle] == b[middle] { low = middle + 1 } else { high = middle }
+        if a[middle] == b[middle] {
+            low = middle + 1
+        } else {
+            high = middle
+        }
     }
     low
 }
@@ -434,6 +598,7 @@ fn common_prefix(a: &[BlockHash], b: &[BlockHash]) -> usize {
 mod tests {
     use super::*;
 
+    const SESSIONS_MAX: usize = 300;
     const HOME: (EngineKey, NamespaceId) = (EngineKey(1), NamespaceId([7; 32]));
 
     fn chain(path: &[u8]) -> Vec<BlockHash> {
@@ -452,10 +617,18 @@ mod tests {
     }
 
     fn start(tool: &str) -> ToolStart {
-        ToolStart { tool: tool.into(), call_id: None, detail: None, eta: None }
+        ToolStart {
+            tool: tool.into(),
+            call_id: None,
+            detail: None,
+            eta: None,
+        }
     }
 
-    const END: ToolEnd = ToolEnd { call_id: None, ok: None };
+    const END: ToolEnd = ToolEnd {
+        call_id: None,
+        ok: None,
+    };
 
     struct World {
         sessions: Sessions,
@@ -464,11 +637,17 @@ mod tests {
 
     impl World {
         fn new() -> Self {
-            Self { sessions: Sessions::default(), now: Instant::now() }
+            Self {
+                sessions: Sessions::new(SESSIONS_MAX),
+                now: Instant::now(),
+            }
         }
         fn turn(&mut self, who: Option<&str>, path: &[u8]) -> SessionKey {
             let name = who.and_then(name);
-            let key = self.sessions.turn_started(name, HOME, &chain(path), self.now).unwrap();
+            let key = self
+                .sessions
+                .turn_started(name, HOME, &chain(path), self.now)
+                .unwrap();
             self.sessions.turn_ended(key, &chain(path), self.now);
             key
         }
@@ -494,7 +673,9 @@ mod tests {
         w.sessions.tool_end(&a, &END, w.now).unwrap();
         assert_eq!(w.wish(key), Wish::Now);
         assert_eq!(w.sessions.expected_return(key, w.now), Some(w.now));
-        w.sessions.turn_started(Some(a), HOME, &chain(&[1, 2, 3, 4]), w.now).unwrap();
+        w.sessions
+            .turn_started(Some(a), HOME, &chain(&[1, 2, 3, 4]), w.now)
+            .unwrap();
         assert_eq!(w.wish(key), Wish::Nothing);
     }
 
@@ -512,7 +693,9 @@ mod tests {
     fn people_and_retired_sessions_are_not_brought_back() {
         let mut w = World::new();
         let key = w.turn(Some("a"), &[1, 2]);
-        w.sessions.tool_start(&name("a").unwrap(), start("AskUserQuestion"), w.now).unwrap();
+        w.sessions
+            .tool_start(&name("a").unwrap(), start("AskUserQuestion"), w.now)
+            .unwrap();
         assert_eq!(w.wish(key), Wish::Nothing);
         assert_eq!(w.sessions.expected_return(key, w.now), None);
         w.sessions.retire(key).unwrap();
@@ -527,14 +710,27 @@ mod tests {
         let key = w.turn(Some("a"), &[1]);
         for (id, eta) in [("x", 5), ("y", 50)] {
             let eta = Some(Duration::from_secs(eta));
-            let call = ToolStart { call_id: Some(id.into()), eta, ..start("bash") };
+            let call = ToolStart {
+                call_id: Some(id.into()),
+                eta,
+                ..start("bash")
+            };
             w.sessions.tool_start(&a, call, w.now).unwrap();
         }
-        assert_eq!(w.sessions.expected_return(key, w.now), Some(w.now + Duration::from_secs(50)));
-        let y = ToolEnd { call_id: Some("y".into()), ok: Some(true) };
+        assert_eq!(
+            w.sessions.expected_return(key, w.now),
+            Some(w.now + Duration::from_secs(50))
+        );
+        let y = ToolEnd {
+            call_id: Some("y".into()),
+            ok: Some(true),
+        };
         w.sessions.tool_end(&a, &y, w.now).unwrap();
         assert_eq!(w.wish(key), Wish::WhenRoom);
-        assert_eq!(w.sessions.tool_end(&a, &y, w.now), Err(CommandError::UnknownCall));
+        assert_eq!(
+            w.sessions.tool_end(&a, &y, w.now),
+            Err(CommandError::UnknownCall)
+        );
         w.sessions.tool_end(&a, &END, w.now).unwrap();
         assert_eq!(w.wish(key), Wish::Now);
     }
@@ -546,9 +742,16 @@ mod tests {
         let key = w.turn(Some("a"), &[1]);
         w.sessions.tool_start(&a, start("bash"), w.now).unwrap();
         w.pass(30);
-        let progress = ToolProgress { call_id: None, fraction: Some(0.75), eta: None };
+        let progress = ToolProgress {
+            call_id: None,
+            fraction: Some(0.75),
+            eta: None,
+        };
         w.sessions.tool_progress(&a, &progress, w.now).unwrap();
-        assert_eq!(w.sessions.expected_return(key, w.now), Some(w.now + Duration::from_secs(10)));
+        assert_eq!(
+            w.sessions.expected_return(key, w.now),
+            Some(w.now + Duration::from_secs(10))
+        );
     }
 
     #[test]
@@ -560,20 +763,32 @@ mod tests {
         assert_eq!(short, long);
         let other = w.turn(None, &[9, 9]);
         assert_ne!(other, long);
-        let again = w.sessions.turn_started(None, HOME, &chain(&[1, 2, 3, 4, 5]), w.now).unwrap();
+        let again = w
+            .sessions
+            .turn_started(None, HOME, &chain(&[1, 2, 3, 4, 5]), w.now)
+            .unwrap();
         assert_eq!(again, long);
         // It is active now: a twin request begins a session of its own.
-        let twin = w.sessions.turn_started(None, HOME, &chain(&[1, 2, 3, 4, 5, 6]), w.now).unwrap();
+        let twin = w
+            .sessions
+            .turn_started(None, HOME, &chain(&[1, 2, 3, 4, 5, 6]), w.now)
+            .unwrap();
         assert_ne!(twin, long);
         let elsewhere = (EngineKey(1), NamespaceId([8; 32]));
-        let foreign = w.sessions.turn_started(None, elsewhere, &chain(&[9, 9, 1]), w.now).unwrap();
+        let foreign = w
+            .sessions
+            .turn_started(None, elsewhere, &chain(&[9, 9, 1]), w.now)
+            .unwrap();
         assert_ne!(foreign, other);
     }
 
     #[test]
     fn the_output_need_not_match_for_a_request_to_join() {
         let mut w = World::new();
-        let key = w.sessions.turn_started(None, HOME, &chain(&[1, 2]), w.now).unwrap();
+        let key = w
+            .sessions
+            .turn_started(None, HOME, &chain(&[1, 2]), w.now)
+            .unwrap();
         w.sessions.turn_ended(key, &chain(&[1, 2, 50, 51]), w.now);
         assert_eq!(w.turn(None, &[1, 2, 60]), key);
     }
@@ -591,7 +806,10 @@ mod tests {
     #[test]
     fn a_dead_engine_takes_its_turns_along() {
         let mut w = World::new();
-        let key = w.sessions.turn_started(name("a"), HOME, &chain(&[1]), w.now).unwrap();
+        let key = w
+            .sessions
+            .turn_started(name("a"), HOME, &chain(&[1]), w.now)
+            .unwrap();
         w.sessions.engine_left(EngineKey(1));
         let session = w.sessions.get(key).unwrap();
         assert!(!session.is_active());
@@ -601,7 +819,10 @@ mod tests {
     #[test]
     fn the_table_is_bounded_and_spares_sessions_in_use() {
         let mut w = World::new();
-        let busy = w.sessions.turn_started(name("busy"), HOME, &chain(&[1]), w.now).unwrap();
+        let busy = w
+            .sessions
+            .turn_started(name("busy"), HOME, &chain(&[1]), w.now)
+            .unwrap();
         for i in 0..SESSIONS_MAX + 10 {
             w.now += Duration::from_millis(1);
             w.turn(Some(&format!("s{i}")), &[2]);

@@ -1,0 +1,735 @@
+//! Connected engines: who they are, which processes can still touch the arena, and what they say.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use kvstore::{Geometry, LeaseId, Namespace, NamespaceId, Owner, Term};
+use tokio::sync::mpsc;
+
+use super::{Actor, count, to_ms};
+use crate::commands::{CommandError, EngineView, SessionName};
+use crate::engine::frames::{
+    CopyClass, Figures, Hashes, Hello, Hook, Role, ToEngine, ToSidecar, encode,
+};
+use crate::metrics::{self, CopyCause, CopyDirection, PrefetchEnd};
+use crate::planner::sessions::{EngineKey, SessionKey};
+
+/// Engines at a time, those included whose processes have not all exited.
+const ENGINES_MAX: usize = 64;
+/// Requests remembered per engine so that hints can name them.
+const REQUESTS_MAX: usize = 4096;
+
+/// Names a connection; never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnectionId(pub u64);
+
+/// What a welcome says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admitted {
+    /// Identifies this start of the sidecar.
+    pub boot: u64,
+    /// Bytes of the arena.
+    pub arena_bytes: u64,
+    /// Bytes of one slot.
+    pub slot_bytes: u64,
+}
+
+struct Worker {
+    connection: ConnectionId,
+    outbox: mpsc::Sender<Vec<u8>>,
+    ready: bool,
+}
+
+struct Scheduler {
+    connection: ConnectionId,
+    outbox: mpsc::Sender<Vec<u8>>,
+    /// Owner of this connection's leases.
+    owner: Owner,
+    namespace: Option<Namespace>,
+    id: Option<NamespaceId>,
+    turns: HashMap<u64, SessionKey>,
+    workers_told: bool,
+}
+
+/// One engine: a scheduler side and its workers, known by the id that they share.
+pub(super) struct Engine {
+    pub(super) id: String,
+    pub(super) ranks: u32,
+    pub(super) block_tokens: u32,
+    pub(super) gpu_blocks: u32,
+    pub(super) gpu_free: u32,
+    rank_bytes: u64,
+    scheduler: Option<Scheduler>,
+    workers: HashMap<u32, Worker>,
+    /// Worker processes that have mapped the arena and not exited yet.
+    processes: HashSet<u32>,
+    /// Owners of earlier connections: their slots drain until the engine says that it is fenced, or has exited.
+    draining: Vec<Owner>,
+    requests: HashMap<String, SessionKey>,
+}
+
+impl Engine {
+    pub(super) fn workers_ready(&self) -> u32 {
+        u32::try_from(self.workers.values().filter(|worker| worker.ready).count())
+            .unwrap_or(u32::MAX)
+    }
+}
+
+/// All engines.
+#[derive(Default)]
+pub(super) struct Engines {
+    table: HashMap<EngineKey, Engine>,
+    connections: HashMap<ConnectionId, (EngineKey, Role)>,
+    /// Current epoch of each namespace that an engine has opened.
+    namespaces: HashMap<NamespaceId, Namespace>,
+    next: u64,
+}
+
+impl Engines {
+    pub(super) fn get(&self, key: EngineKey) -> Option<&Engine> {
+        self.table.get(&key)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.table.is_empty()
+    }
+
+    /// Owner of the leases of an engine's scheduler side, if that is connected and its namespace is closed.
+    pub(super) fn owner(&self, key: EngineKey) -> Option<Owner> {
+        self.table
+            .get(&key)?
+            .scheduler
+            .as_ref()
+            .map(|scheduler| scheduler.owner)
+    }
+
+    /// The one connected engine with a closed namespace, if there is exactly one.
+    pub(super) fn only(&self) -> Option<(EngineKey, NamespaceId)> {
+        let mut open = self
+            .table
+            .iter()
+            .filter_map(|(key, engine)| Some((*key, engine.scheduler.as_ref()?.id?)));
+        let first = open.next()?;
+        open.next().is_none().then_some(first)
+    }
+
+    pub(super) fn namespace(&self, id: NamespaceId) -> Option<Namespace> {
+        self.namespaces.get(&id).copied()
+    }
+
+    /// The arena was cut anew: nothing of before is there.
+    pub(super) fn forget_namespaces(&mut self) {
+        self.namespaces.clear();
+    }
+
+    /// The session of a request that an engine has seen.
+    pub(super) fn session_of(&self, request: &str) -> Option<SessionKey> {
+        self.table
+            .values()
+            .find_map(|engine| engine.requests.get(request).copied())
+    }
+
+    /// Sends to an engine's scheduler side. An engine that does not keep up is disconnected: its outbox is closed, and
+    /// the connection's task reports the loss.
+    pub(super) fn send(&mut self, key: EngineKey, sequence: u64, message: &ToEngine) {
+        let Some(scheduler) = self
+            .table
+            .get_mut(&key)
+            .and_then(|engine| engine.scheduler.as_mut())
+        else {
+            return;
+        };
+        match encode(sequence, message) {
+            Ok(frame) => {
+                if scheduler.outbox.try_send(frame).is_err() {
+                    tracing::warn!("an engine does not read its messages: disconnected");
+                    (scheduler.outbox, _) = mpsc::channel(1);
+                }
+            }
+            Err(error) => tracing::error!(%error, "message to an engine not sent"),
+        }
+    }
+
+    pub(super) fn views(&self, slot_bytes: u64) -> Vec<EngineView> {
+        let connected = self
+            .table
+            .values()
+            .filter(|engine| engine.scheduler.is_some());
+        let mut views: Vec<_> = connected
+            .map(|engine| EngineView::of(engine, slot_bytes))
+            .collect();
+        views.sort_by(|a, b| a.id.cmp(&b.id));
+        views
+    }
+
+    fn connected(&self) -> usize {
+        self.table
+            .values()
+            .filter(|engine| engine.scheduler.is_some())
+            .count()
+    }
+
+    fn next(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+}
+
+impl Actor {
+    /// Takes a connection in, or says why not.
+    pub(super) fn admit(
+        &mut self,
+        connection: ConnectionId,
+        hello: &Hello,
+        outbox: mpsc::Sender<Vec<u8>>,
+        process: u32,
+    ) -> Result<Admitted, String> {
+        let geometry = Geometry {
+            rank_bytes: hello.rank_bytes,
+            ranks: hello.ranks,
+            block_tokens: hello.block_tokens,
+        };
+        if hello.engine.is_empty() || hello.engine.len() > 128 {
+            return Err("an engine's id has 1 to 128 bytes".to_owned());
+        }
+        let known = self
+            .engines
+            .table
+            .iter()
+            .find(|(_, engine)| engine.id == hello.engine)
+            .map(|(key, _)| *key);
+        if known.is_none() && self.engines.table.len() >= ENGINES_MAX {
+            return Err(format!(
+                "{ENGINES_MAX} engines are connected; that is the limit"
+            ));
+        }
+        let slot_bytes = self.cut_for(&geometry)?;
+        let key = known.unwrap_or_else(|| EngineKey(self.engines.next()));
+        let engine = self
+            .engines
+            .table
+            .entry(key)
+            .or_insert_with(|| Engine::new(hello));
+        if (engine.rank_bytes, engine.ranks, engine.block_tokens)
+            != (hello.rank_bytes, hello.ranks, hello.block_tokens)
+        {
+            return Err(format!(
+                "the processes of engine {} differ in the size or number of their shards",
+                hello.engine
+            ));
+        }
+        match hello.role {
+            Role::Scheduler if engine.scheduler.is_some() => {
+                return Err(format!(
+                    "engine {} has a scheduler connected already",
+                    hello.engine
+                ));
+            }
+            Role::Scheduler => {
+                let owner = Owner(connection.0);
+                engine.scheduler = Some(Scheduler {
+                    connection,
+                    outbox,
+                    owner,
+                    namespace: None,
+                    id: None,
+                    turns: HashMap::new(),
+                    workers_told: false,
+                });
+                engine.gpu_blocks = hello.gpu_blocks;
+            }
+            Role::Worker { rank } if rank >= hello.ranks => {
+                return Err(format!("rank {rank} of {} does not exist", hello.ranks));
+            }
+            Role::Worker { rank } => {
+                engine.workers.insert(
+                    rank,
+                    Worker {
+                        connection,
+                        outbox,
+                        ready: false,
+                    },
+                );
+                engine.processes.insert(process);
+            }
+        }
+        self.engines
+            .connections
+            .insert(connection, (key, hello.role));
+        self.engines_changed();
+        tracing::info!(engine = %hello.engine, role = ?hello.role, process, "engine connected");
+        Ok(Admitted {
+            boot: self.config.boot,
+            arena_bytes: self.config.arena_bytes,
+            slot_bytes,
+        })
+    }
+
+    fn engines_changed(&self) {
+        let connected = self.engines.connected();
+        self.shared.engines.store(connected, Ordering::Relaxed);
+        self.shared.metrics.set_engines(count(connected));
+    }
+
+    /// Tells the scheduler side whether every worker has the arena, if that has changed.
+    pub(super) fn workers_changed(&mut self, id: &str) {
+        let Some((key, engine)) = self
+            .engines
+            .table
+            .iter_mut()
+            .find(|(_, engine)| engine.id == id)
+        else {
+            return;
+        };
+        let (key, ready) = (*key, engine.workers_ready() == engine.ranks);
+        if let Some(scheduler) = engine.scheduler.as_mut()
+            && scheduler.workers_told != ready
+        {
+            scheduler.workers_told = ready;
+            self.engines.send(key, 0, &ToEngine::Workers { ready });
+        }
+    }
+
+    /// A connection is gone.
+    pub(super) fn lost(&mut self, connection: ConnectionId) {
+        let Some((key, role)) = self.engines.connections.remove(&connection) else {
+            return;
+        };
+        let Some(engine) = self.engines.table.get_mut(&key) else {
+            return;
+        };
+        let id = engine.id.clone();
+        match role {
+            Role::Scheduler => {
+                if engine
+                    .scheduler
+                    .as_ref()
+                    .is_some_and(|scheduler| scheduler.connection == connection)
+                {
+                    let owner = engine.scheduler.take().map(|scheduler| scheduler.owner);
+                    engine.draining.extend(owner);
+                    engine.requests.clear();
+                    if let (Some(owner), Some(cut)) = (owner, &mut self.cut) {
+                        let effects = cut.store.owner_left(owner);
+                        self.count(effects);
+                    }
+                    self.sessions.engine_left(key);
+                    let gone: Vec<SessionKey> = self.sessions.of_engine(key).collect();
+                    for session in gone {
+                        self.wants.remove(&session);
+                    }
+                }
+            }
+            Role::Worker { rank } => {
+                if engine
+                    .workers
+                    .get(&rank)
+                    .is_some_and(|worker| worker.connection == connection)
+                {
+                    engine.workers.remove(&rank);
+                }
+                self.workers_changed(&id);
+            }
+        }
+        tracing::info!(engine = %id, ?role, "engine disconnected");
+        self.engines_changed();
+        self.forget_if_gone(key);
+    }
+
+    /// A process that had mapped the arena has exited: it copies nothing any more.
+    pub(super) fn exited(&mut self, process: u32) {
+        let keys: Vec<EngineKey> = self
+            .engines
+            .table
+            .iter()
+            .filter(|(_, e)| e.processes.contains(&process))
+            .map(|(key, _)| *key)
+            .collect();
+        for key in keys {
+            if let Some(engine) = self.engines.table.get_mut(&key) {
+                engine.processes.remove(&process);
+            }
+            self.forget_if_gone(key);
+        }
+    }
+
+    /// With no worker process left, an engine's draining slots are free; with nobody connected, so is its name.
+    fn forget_if_gone(&mut self, key: EngineKey) {
+        let Some(engine) = self.engines.table.get_mut(&key) else {
+            return;
+        };
+        if !engine.processes.is_empty() {
+            return;
+        }
+        let owners = std::mem::take(&mut engine.draining);
+        let gone = engine.scheduler.is_none() && engine.workers.is_empty();
+        if gone {
+            self.engines.table.remove(&key);
+        }
+        self.owners_gone(&owners);
+    }
+
+    fn owners_gone(&mut self, owners: &[Owner]) {
+        for owner in owners {
+            if let Some(cut) = &mut self.cut {
+                let effects = cut.store.owner_gone(*owner);
+                self.count(effects);
+            }
+        }
+    }
+
+    /// An engine's message.
+    pub(super) fn message(
+        &mut self,
+        connection: ConnectionId,
+        sequence: u64,
+        message: ToSidecar,
+        now: Instant,
+    ) {
+        let Some((key, role)) = self.engines.connections.get(&connection).copied() else {
+            return;
+        };
+        if let Role::Worker { rank } = role {
+            return self.worker_message(key, rank, &message);
+        }
+        match message {
+            ToSidecar::OpenNamespace { id } => self.open_namespace(key, NamespaceId(id), now),
+            ToSidecar::TurnStarted {
+                turn,
+                request,
+                identity,
+                hashes,
+            } => {
+                self.turn_started((key, sequence, turn), (request, identity), &hashes, now);
+            }
+            ToSidecar::Lookup {
+                turn,
+                for_session,
+                hashes,
+            } => {
+                let (lease, slots) = self.lease_for(key, &hashes, now);
+                let ttl_ms = to_ms(self.config.lease_ttl);
+                let answer = ToEngine::Match {
+                    turn,
+                    for_session,
+                    session: 0,
+                    lease,
+                    slots,
+                    ttl_ms,
+                };
+                self.engines.send(key, sequence, &answer);
+            }
+            ToSidecar::Reserve { hashes } => self.reserve(key, sequence, &hashes, now),
+            ToSidecar::Settle { lease, commit } => self.settle(key, LeaseId(lease), commit, now),
+            ToSidecar::Release { lease } => {
+                if let (Some(owner), Some(cut)) = (self.engines.owner(key), &mut self.cut) {
+                    match cut.store.release(owner, LeaseId(lease)) {
+                        Ok(effects) => self.count(effects),
+                        Err(error) => tracing::debug!(%error, lease, "lease not released"),
+                    }
+                }
+            }
+            ToSidecar::TurnEnded { turn, hashes } => self.turn_ended(key, turn, &hashes, now),
+            ToSidecar::Hints { json } => self.engine_hint(&json, now),
+            ToSidecar::Outcome {
+                session,
+                want,
+                outcome,
+                blocks,
+                pairs,
+            } => {
+                self.wanted(SessionKey(session), want, (outcome, blocks), &pairs);
+            }
+            ToSidecar::News(news) => {
+                for item in news {
+                    self.sessions.moved(
+                        SessionKey(item.session),
+                        item.residence,
+                        u64::from(item.gpu_blocks),
+                    );
+                }
+            }
+            ToSidecar::Figures(figures) => self.figures(key, &figures),
+            ToSidecar::Reset => self.reset(key),
+            ToSidecar::Fenced => {
+                let owners = self
+                    .engines
+                    .table
+                    .get_mut(&key)
+                    .map(|e| std::mem::take(&mut e.draining))
+                    .unwrap_or_default();
+                self.owners_gone(&owners);
+            }
+            ToSidecar::Hello(_) | ToSidecar::ArenaReady => {
+                tracing::warn!("a message that only comes first is ignored")
+            }
+        }
+    }
+
+    fn worker_message(&mut self, key: EngineKey, rank: u32, message: &ToSidecar) {
+        let Some(engine) = self.engines.table.get_mut(&key) else {
+            return;
+        };
+        let id = engine.id.clone();
+        match (message, engine.workers.get_mut(&rank)) {
+            (ToSidecar::ArenaReady, Some(worker)) => {
+                worker.ready = true;
+                self.workers_changed(&id);
+            }
+            // Workers may say nothing else: whoever does is cut off.
+            (_, Some(worker)) => (worker.outbox, _) = mpsc::channel(1),
+            (_, None) => {}
+        }
+    }
+
+    fn open_namespace(&mut self, key: EngineKey, id: NamespaceId, now: Instant) {
+        let Some(cut) = &mut self.cut else { return };
+        let namespace = match cut.store.open_namespace(id) {
+            Ok(namespace) => namespace,
+            Err(error) => {
+                return tracing::error!(%error, "an engine's namespace was not opened; it will only miss");
+            }
+        };
+        self.engines.namespaces.insert(id, namespace);
+        if let Some(scheduler) = self
+            .engines
+            .table
+            .get_mut(&key)
+            .and_then(|engine| engine.scheduler.as_mut())
+        {
+            scheduler.namespace = Some(namespace);
+            scheduler.id = Some(id);
+        }
+        // Sessions of the same weights whose engine is gone belong to this one from now on.
+        let connected: HashSet<EngineKey> = self
+            .engines
+            .table
+            .iter()
+            .filter(|(_, e)| e.scheduler.is_some())
+            .map(|(key, _)| *key)
+            .collect();
+        for session in self.sessions.rehome(id, key, &connected) {
+            self.push_want(session, now);
+        }
+    }
+
+    fn namespace_of(&self, key: EngineKey) -> Option<(Owner, Namespace)> {
+        let scheduler = self.engines.table.get(&key)?.scheduler.as_ref()?;
+        Some((scheduler.owner, scheduler.namespace?))
+    }
+
+    fn lease_for(
+        &mut self,
+        key: EngineKey,
+        hashes: &Hashes,
+        now: Instant,
+    ) -> (Option<u64>, Vec<u32>) {
+        match self.namespace_of(key) {
+            Some((owner, namespace)) => self.lease(owner, Some(namespace), &hashes.0, now),
+            None => (None, Vec::new()),
+        }
+    }
+
+    fn turn_started(
+        &mut self,
+        (key, sequence, turn): (EngineKey, u64, u64),
+        (request, identity): (String, Option<String>),
+        hashes: &Hashes,
+        now: Instant,
+    ) {
+        let name = identity.and_then(|identity| SessionName::new(&identity).ok());
+        let id = self
+            .engines
+            .table
+            .get(&key)
+            .and_then(|engine| engine.scheduler.as_ref()?.id);
+        let started = id.map(|id| self.sessions.turn_started(name, (key, id), &hashes.0, now));
+        let session = match started {
+            Some(Ok(session)) => Some(session),
+            Some(Err(CommandError::TooManySessions)) | None => None,
+            Some(Err(error)) => return tracing::error!(%error, "a turn was not counted"),
+        };
+        if let (Some(session), Some(engine)) = (session, self.engines.table.get_mut(&key)) {
+            if let Some(scheduler) = &mut engine.scheduler {
+                scheduler.turns.insert(turn, session);
+            }
+            if engine.requests.len() >= REQUESTS_MAX {
+                engine.requests.clear();
+            }
+            engine.requests.insert(request, session);
+        }
+        let (lease, slots) = self.lease_for(key, hashes, now);
+        let ttl_ms = to_ms(self.config.lease_ttl);
+        let session_number = session.map_or(0, |session| session.0);
+        let answer = ToEngine::Match {
+            turn,
+            for_session: false,
+            session: session_number,
+            lease,
+            slots,
+            ttl_ms,
+        };
+        // The match first: it moves what was prefetched for the session to the request, before the want is withdrawn.
+        self.engines.send(key, sequence, &answer);
+        if let Some(session) = session {
+            self.push_want(session, now);
+        }
+    }
+
+    fn turn_ended(&mut self, key: EngineKey, turn: u64, hashes: &Hashes, now: Instant) {
+        let scheduler = self
+            .engines
+            .table
+            .get_mut(&key)
+            .and_then(|engine| engine.scheduler.as_mut());
+        let Some(session) = scheduler.and_then(|scheduler| scheduler.turns.remove(&turn)) else {
+            return;
+        };
+        self.sessions.turn_ended(session, &hashes.0, now);
+        if let (Some((_, namespace)), Some(cut)) = (self.namespace_of(key), &mut self.cut) {
+            cut.store.touch(namespace, &hashes.0, now);
+        }
+        self.push_want(session, now);
+    }
+
+    fn reserve(&mut self, key: EngineKey, sequence: u64, hashes: &Hashes, now: Instant) {
+        let term = Term {
+            now,
+            ttl: self.config.lease_ttl,
+        };
+        let mut answer = ToEngine::Reserved {
+            lease: None,
+            slots: Vec::new(),
+            ttl_ms: to_ms(term.ttl),
+        };
+        if let (Some((owner, namespace)), Some(cut), None) =
+            (self.namespace_of(key), &mut self.cut, &self.drain)
+        {
+            match cut.store.reserve(owner, namespace, &hashes.0, term) {
+                Ok(Some(reservation)) => {
+                    let at: HashMap<_, _> = hashes.0.iter().zip(0u32..).collect();
+                    let granted = reservation
+                        .slots
+                        .iter()
+                        .filter_map(|(hash, slot)| Some((*at.get(hash)?, slot.0)));
+                    answer = ToEngine::Reserved {
+                        lease: Some(reservation.id.0),
+                        slots: granted.collect(),
+                        ttl_ms: to_ms(term.ttl),
+                    };
+                    self.count(reservation.effects);
+                }
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%error, "no slots reserved"),
+            }
+        }
+        self.engines.send(key, sequence, &answer);
+    }
+
+    fn settle(&mut self, key: EngineKey, lease: LeaseId, commit: bool, now: Instant) {
+        let (Some(owner), Some(cut)) = (self.engines.owner(key), &mut self.cut) else {
+            return;
+        };
+        let settled = if commit {
+            cut.store.commit(owner, lease, now)
+        } else {
+            cut.store.abort(owner, lease)
+        };
+        match settled {
+            Ok(effects) => self.count(effects),
+            Err(error) => {
+                tracing::info!(%error, lease = lease.0, "a save came too late and was dropped")
+            }
+        }
+    }
+
+    /// Weights have changed or the engine slept: the namespace's content is void for everybody who uses it.
+    fn reset(&mut self, key: EngineKey) {
+        let Some((_, namespace)) = self.namespace_of(key) else {
+            return;
+        };
+        let Some(cut) = &mut self.cut else { return };
+        let (fresh, effects) = cut.store.reset_namespace(namespace);
+        self.count(effects);
+        let id = self
+            .engines
+            .table
+            .get(&key)
+            .and_then(|engine| engine.scheduler.as_ref()?.id);
+        let Some(id) = id else { return };
+        self.engines.namespaces.insert(id, fresh);
+        let same = self
+            .engines
+            .table
+            .values_mut()
+            .filter_map(|engine| engine.scheduler.as_mut());
+        same.filter(|scheduler| scheduler.id == Some(id))
+            .for_each(|scheduler| scheduler.namespace = Some(fresh));
+        for session in self.sessions.forget_chains(id) {
+            self.wants.remove(&session);
+        }
+    }
+
+    fn figures(&mut self, key: EngineKey, figures: &Figures) {
+        if let Some(engine) = self.engines.table.get_mut(&key) {
+            engine.gpu_free = figures.gpu_free;
+        }
+        let metrics = &self.shared.metrics;
+        for copy in &figures.copies {
+            let (direction, cause) = match copy.kind {
+                CopyClass::Demand => (CopyDirection::HostToDevice, CopyCause::Demand),
+                CopyClass::Prefetch => (CopyDirection::HostToDevice, CopyCause::Prefetch),
+                CopyClass::Save => (CopyDirection::DeviceToHost, CopyCause::Save),
+            };
+            metrics.copied(
+                direction,
+                cause,
+                copy.bytes,
+                std::time::Duration::from_micros(copy.micros),
+            );
+        }
+        for sample in &figures.hooks {
+            let hook = match sample.hook {
+                Hook::TurnStarted => metrics::Hook::TurnStarted,
+                Hook::MatchPrefix => metrics::Hook::MatchPrefix,
+                Hook::Plan => metrics::Hook::Plan,
+                Hook::CopiesDone => metrics::Hook::CopiesDone,
+                Hook::TurnEnded => metrics::Hook::TurnEnded,
+            };
+            metrics.hook(
+                hook,
+                std::time::Duration::from_micros(u64::from(sample.micros)),
+            );
+        }
+        metrics.hook_timeouts(figures.timeouts);
+        metrics.fenced(figures.fenced);
+        metrics.match_blocks(figures.match_hits, figures.match_misses);
+        for (end, blocks) in [
+            (PrefetchEnd::Used, figures.prefetch_used),
+            (PrefetchEnd::Wasted, figures.prefetch_wasted),
+            (PrefetchEnd::Late, figures.prefetch_late),
+            (PrefetchEnd::Cancelled, figures.prefetch_cancelled),
+        ] {
+            metrics.prefetch_blocks(end, blocks);
+        }
+    }
+}
+
+impl Engine {
+    fn new(hello: &Hello) -> Self {
+        Self {
+            id: hello.engine.clone(),
+            ranks: hello.ranks,
+            block_tokens: hello.block_tokens,
+            gpu_blocks: hello.gpu_blocks,
+            gpu_free: hello.gpu_blocks,
+            rank_bytes: hello.rank_bytes,
+            scheduler: None,
+            workers: HashMap::new(),
+            processes: HashSet::new(),
+            draining: Vec::new(),
+            requests: HashMap::new(),
+        }
+    }
+}
