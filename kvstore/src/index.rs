@@ -3,7 +3,7 @@
 //!
 //! Owns names only: it never looks at a slot and frees nothing.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::STRICT;
@@ -42,6 +42,9 @@ impl Hasher for DigestHasher {
 }
 
 type Map = HashMap<BlockHash, SlotId, BuildHasherDefault<DigestHasher>>;
+
+/// Blocks by name alone.
+pub(crate) type DigestSet = HashSet<BlockHash, BuildHasherDefault<DigestHasher>>;
 
 #[derive(Debug)]
 struct Names {
@@ -233,7 +236,6 @@ impl Index {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
     use std::hash::BuildHasher;
 
     use super::*;

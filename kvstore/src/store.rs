@@ -11,7 +11,7 @@ use crate::evict::{Class, Lru, Policy, Standing};
 use crate::ids::{
     BlockHash, Depth, LeaseId, Namespace, NamespaceId, Owner, PinId, SlotId, Tick, usize_from,
 };
-use crate::index::Index;
+use crate::index::{DigestSet, Index};
 use crate::lease::{Grant, Leases, Record, Right, Tenure, Term, Why};
 use crate::pins::Pins;
 use crate::slots::{Filling, SlotState, Slots};
@@ -262,36 +262,32 @@ impl Store {
         self.leases.check_room()?;
         let tick = self.next_tick();
         let mut wanted = Vec::new();
+        // A list that names a block twice gets one slot for it.
+        let mut named = DigestSet::default();
         for (at, &hash) in hashes.iter().enumerate() {
             let standing = Standing::in_use(tick, at, term.now);
-            match self.index.find(namespace, &hash) {
-                Some(slot) => self.restand(slot, standing),
-                None => wanted.push(Filling {
+            if let Some(slot) = self.index.find(namespace, &hash) {
+                self.restand(slot, standing);
+            } else if named.insert(hash) {
+                wanted.push(Filling {
                     hash,
                     space: namespace.space,
                     standing,
-                }),
+                });
             }
         }
         let mut effects = Effects::default();
         let room = self.make_room(wanted.len(), tick, &mut effects);
         wanted.truncate(room);
-        let mut held = Vec::with_capacity(wanted.len());
-        let mut slots = Vec::with_capacity(wanted.len());
-        let mut picked = self.slots.pick(wanted.len()).into_iter();
-        for filling in wanted {
-            // A list that names a block twice gets one slot for it.
-            if self.index.find(namespace, &filling.hash).is_some() {
-                continue;
-            }
-            let Some(slot) = picked.next() else { break };
+        if wanted.is_empty() {
+            return Ok(None);
+        }
+        let mut held = Vec::with_capacity(room);
+        let mut slots = Vec::with_capacity(room);
+        for (slot, filling) in self.slots.pick(room).into_iter().zip(wanted) {
             held.push(self.slots.fill(slot, filling));
             self.index.add_filling(filling.space, filling.hash, slot);
             slots.push((filling.hash, slot));
-        }
-        if slots.is_empty() {
-            assert_eq!(effects, Effects::default(), "evicted for nothing");
-            return Ok(None);
         }
         let id = self.leases.grant(
             Grant {
