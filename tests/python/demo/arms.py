@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 
-from support.completions import Ask, Completion
-from support.flood import flood_asks, prompt, together
+from support.completions import Ask
+from support.flood import at_once, flood_asks, prompt, together
 from support.process import wait_until
 from support.servers import Rig, VllmServer
 
@@ -18,9 +19,8 @@ TOOL_RESULT_TOKENS = 24
 ANSWER_TOKENS = 8
 SAVED_WAIT_S = 20
 READY_WAIT_S = 10
-SETTLE_WAIT_S = 5
 RELOADED_SHARE = 0.9
-"""Share of a session's full blocks that must have come back from the arena; the flood may leave a few of them."""
+"""Share of the prefix that a reactive request must have loaded; the flood may leave a few blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +43,18 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One measured turn. `from_arena` counts the tokens that the request itself loaded, as vLLM counts them."""
+    """One measured turn.
+
+    `from_arena`: tokens that the request itself had to load, as vLLM counts them. `flooded`: since the turn before it,
+    other agents' requests held all of the pool but for a few blocks.
+    """
 
     arm: str
     round: int
     ttft_ms: float
     cached_tokens: int
     from_arena: int = 0
-    prefetched_blocks: int = 0
+    flooded: bool = False
     ready_ms: float | None = None
     problem: str | None = None
 
@@ -61,7 +65,6 @@ class Greenroom:
     def __init__(self, rig: Rig, plan: Plan) -> None:
         self._rig = rig
         self._plan = plan
-        self._slot_bytes = 0
 
     def first_turns(self) -> None:
         """Every agent's first turn: all of it is computed, and saved."""
@@ -69,30 +72,25 @@ class Greenroom:
             for agent in range(self._plan.agents):
                 self._turn(f"{arm}-{agent}")
         self._flood()
-        status = self._rig.sidecar.get("/v1/status")
-        self._slot_bytes = status["engines"][0]["slot_bytes"]
 
     def sample(self, arm: str, round_: int) -> Sample:
         """One sample of `resident`, `reactive` or `hinted`."""
         agent = f"{arm}-{round_ % self._plan.agents}"
         self._turn(agent)
-        self._settle()
-        prefetched = self._copied("prefetch")
-        ready_ms = None
+        flooded, ready_ms = False, None
         if arm == "hinted":
-            ready_ms = self._tool_wait(agent, round_)
+            flooded, ready_ms = self._tool_wait(agent, round_)
         elif arm == "reactive":
-            self._flood()
+            flooded = self._flood()
         loaded = self._loaded()
-        answer = self._next_turn(agent, round_)
-        self._settle()
+        answer = self._rig.vllm.ask(next_turn(agent, round_, self._plan))
         sample = Sample(
             arm=arm,
             round=round_,
             ttft_ms=answer.ttft_s * 1e3,
             cached_tokens=answer.cached_tokens,
             from_arena=self._loaded() - loaded,
-            prefetched_blocks=(self._copied("prefetch") - prefetched) // self._slot_bytes,
+            flooded=flooded,
             ready_ms=ready_ms,
         )
         return dataclasses.replace(sample, problem=problem(sample, self._plan))
@@ -108,16 +106,12 @@ class Greenroom:
 
         wait_until(f"saving {agent}", saved, SAVED_WAIT_S)
 
-    def _next_turn(self, agent: str, round_: int) -> Completion:
-        """The turn that is measured: what the agent had, and the tool's result."""
-        return self._rig.vllm.ask(next_turn(agent, round_, self._plan))
-
-    def _tool_wait(self, agent: str, round_: int) -> float:
-        """The tool runs while others take the pool. Milliseconds from its end until the KV is back."""
+    def _tool_wait(self, agent: str, round_: int) -> tuple[bool, float]:
+        """The tool runs while others take the pool. Whether they did; milliseconds from its end to the KV's return."""
         events = f"/v1/sessions/{agent}"
         call = {"call_id": f"call-{round_}"}
         self._rig.sidecar.post(f"{events}/tool_start", {"tool": "bash", **call})
-        self._flood()
+        flooded = self._flood()
         start = time.perf_counter()
         self._rig.sidecar.post(f"{events}/tool_end", call)
 
@@ -125,32 +119,18 @@ class Greenroom:
             session = self._rig.sidecar.session(agent)
             return session is not None and session["blocks"]["gpu"] >= self._plan.full_blocks()
 
-        try:
+        # If it never gets ready, the request has to load and the sample is counted as invalid.
+        with contextlib.suppress(TimeoutError):
             wait_until(f"{agent} back on the GPU", ready, READY_WAIT_S, poll_s=0.002)
-        except TimeoutError:
-            # The sample's own proof says what was missing.
-            return READY_WAIT_S * 1e3
-        return (time.perf_counter() - start) * 1e3
+        return flooded, (time.perf_counter() - start) * 1e3
 
-    def _flood(self) -> None:
-        together(self._rig.vllm, flood_asks(self._rig.vllm, FLOOD_AGENTS, "flood", self._plan.seed))
+    def _flood(self) -> bool:
+        """Other agents run turns that need the whole pool at one moment. Whether there was such a moment."""
+        return at_once(together(self._rig.vllm, flood_asks(self._rig.vllm, FLOOD_AGENTS, "flood", self._plan.seed)))
 
     def _loaded(self) -> int:
         """Tokens that requests found in the arena and not on the GPU, by vLLM's own count."""
         return int(self._rig.vllm.metrics().sum("vllm:external_prefix_cache_hits_total"))
-
-    def _copied(self, kind: str) -> int:
-        return int(self._rig.sidecar.metrics().sum("greenroom_copy_bytes_total", kind=kind))
-
-    def _settle(self) -> None:
-        """Waits until no copy has been counted for two looks in a row: a late count would fall to the next sample."""
-        seen = [-1]
-
-        def quiet() -> bool:
-            seen.append(self._copied("prefetch") + self._copied("demand") + self._copied("save"))
-            return seen[-1] == seen[-2]
-
-        wait_until("the end of the copies", quiet, SETTLE_WAIT_S)
 
 
 class Plain:
@@ -184,17 +164,13 @@ def next_turn(agent: str, round_: int, plan: Plan) -> Ask:
 def problem(sample: Sample, plan: Plan) -> str | None:
     """Why the sample is not what its arm says; None if it is."""
     whole = plan.whole_prefix()
-    reloaded = RELOADED_SHARE * plan.full_blocks()
     if sample.arm == "recompute":
         return None if sample.cached_tokens == 0 else f"{sample.cached_tokens} tokens were cached, not 0"
     if sample.cached_tokens != whole:
         return f"{sample.cached_tokens} tokens were cached, not {whole}"
-    if sample.arm == "reactive" and sample.from_arena < reloaded * plan.block_size:
-        return f"the request loaded only {sample.from_arena} of {whole} tokens: it was not evicted"
-    if sample.arm != "reactive" and sample.from_arena:
-        return f"the request still had to load {sample.from_arena} tokens"
-    if sample.arm == "hinted" and sample.prefetched_blocks < reloaded:
-        return f"only {sample.prefetched_blocks} of {plan.full_blocks()} blocks were brought back: it was not evicted"
-    if sample.arm != "hinted" and sample.prefetched_blocks:
-        return f"{sample.prefetched_blocks} blocks were prefetched without a hint"
-    return None
+    if sample.arm != "resident" and not sample.flooded:
+        return "the other agents did not fill the pool at any one moment"
+    if sample.arm == "reactive":
+        enough = sample.from_arena >= RELOADED_SHARE * whole
+        return None if enough else f"the request loaded {sample.from_arena} of {whole} tokens: it was not evicted"
+    return f"the request still had to load {sample.from_arena} tokens" if sample.from_arena else None

@@ -59,6 +59,8 @@ class Completion:
     cached_tokens: int
     finish_reason: str | None
     top: list[dict[int, float]]
+    arrivals: list[float]
+    """`time.perf_counter()` at each token's arrival."""
 
     def margins(self) -> list[float]:
         """Distance of the two best tokens per position; needs `logprobs` of 2 or more."""
@@ -79,7 +81,7 @@ class Stream:
         self._url = base_url + path
         self.tokens: list[int] = []
         self.top: list[dict[int, float]] = []
-        self.ttft_s = float("nan")
+        self.arrivals: list[float] = []
         self.usage: dict[str, Any] = {}
         self.finish_reason: str | None = None
 
@@ -100,9 +102,8 @@ class Stream:
                 now = time.perf_counter()
                 new = self._take(json.loads(line[6:]))
                 if new:
-                    if not self.tokens:
-                        self.ttft_s = now - self._start
                     self.tokens += new
+                    self.arrivals += [now] * len(new)
                     yield new
 
     def _take(self, chunk: dict[str, Any]) -> list[int]:
@@ -128,12 +129,13 @@ class Stream:
             raise ConnectionError(f"the stream ended after {len(self.tokens)} tokens and without its usage")
         return Completion(
             tokens=self.tokens,
-            ttft_s=self.ttft_s,
+            ttft_s=self.arrivals[0] - self._start if self.arrivals else float("nan"),
             total_s=time.perf_counter() - self._start,
             prompt_tokens=self.usage["prompt_tokens"],
             cached_tokens=(self.usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
             finish_reason=self.finish_reason,
             top=self.top,
+            arrivals=self.arrivals,
         )
 
 

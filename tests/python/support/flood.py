@@ -33,6 +33,16 @@ def together(server: VllmServer, asks: Sequence[Ask], timeout_s: float = 300) ->
         return list(pool.map(lambda ask: server.ask(ask, timeout_s), asks))
 
 
+def at_once(answers: Sequence[Completion]) -> bool:
+    """Whether all of them were being decoded at one moment: then all their blocks were in use at that moment.
+
+    A request's blocks are free again when its last token is made, which its client learns a little later: so the last
+    two tokens do not count.
+    """
+    last_to_begin = max(answer.arrivals[0] for answer in answers)
+    return all(len(answer.arrivals) > 2 and answer.arrivals[-3] >= last_to_begin for answer in answers)
+
+
 def flood_asks(server: VllmServer, agents: int, name: str, seed: int = 0) -> list[Ask]:
     """Turns of `agents` agents that together need the whole pool but for a few blocks."""
     blocks = (server.config.gpu_blocks - 1 - agents) // agents

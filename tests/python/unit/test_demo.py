@@ -13,14 +13,16 @@ import pytest
 from demo import report
 from demo.arms import ARMS, Plan, Sample, problem
 from demo.stats import compare, percentile
+from support.completions import Completion
+from support.flood import at_once
 
 PLAN = Plan()
 WHOLE = PLAN.whole_prefix()
 GOOD = {
     "resident": Sample("resident", 0, 50.0, WHOLE),
     "recompute": Sample("recompute", 0, 3000.0, 0),
-    "reactive": Sample("reactive", 0, 100.0, WHOLE, from_arena=WHOLE),
-    "hinted": Sample("hinted", 0, 51.0, WHOLE, prefetched_blocks=PLAN.full_blocks(), ready_ms=30.0),
+    "reactive": Sample("reactive", 0, 100.0, WHOLE, from_arena=WHOLE, flooded=True),
+    "hinted": Sample("hinted", 0, 51.0, WHOLE, flooded=True, ready_ms=30.0),
 }
 
 
@@ -71,10 +73,9 @@ def test_good_samples_are_valid(arm: str) -> None:
         ("recompute", {"cached_tokens": 32}, "cached"),
         ("resident", {"cached_tokens": WHOLE - 32}, "cached"),
         ("resident", {"from_arena": 32}, "load"),
-        ("resident", {"prefetched_blocks": 1}, "without a hint"),
         ("reactive", {"from_arena": 0}, "not evicted"),
-        ("reactive", {"prefetched_blocks": 187}, "without a hint"),
-        ("hinted", {"prefetched_blocks": 0}, "not evicted"),
+        ("reactive", {"flooded": False}, "did not fill"),
+        ("hinted", {"flooded": False}, "did not fill"),
         ("hinted", {"from_arena": 64}, "still had to load"),
     ],
 )
@@ -118,3 +119,13 @@ def test_nothing_measured_is_said_and_not_hidden(tmp_path: Path) -> None:
     report.write(tmp_path, content, report.chart([], ""))
     assert json.loads((tmp_path / "demo.json").read_text())["valid"] is False
     assert "NOT met" in report.table([], report.comparisons([], seed=1))
+
+
+def answer(*arrivals: float) -> Completion:
+    return Completion([1] * len(arrivals), 0.1, 1.0, 10, 0, "length", [], list(arrivals))
+
+
+def test_a_flood_counts_only_if_its_requests_ran_at_one_moment() -> None:
+    assert at_once([answer(1, 2, 3, 4), answer(2, 3, 4, 5)])
+    assert not at_once([answer(1, 2, 3, 4), answer(3, 4, 5, 6)])
+    assert not at_once([answer(1, 2), answer(1, 2)])
