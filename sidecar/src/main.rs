@@ -1,3 +1,8 @@
-//! Placeholder until its part lands.
+//! The `greenroom` command. Everything it does is in the library's `cli`.
+#![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    sidecar::cli::run(std::env::args_os())
+}
