@@ -19,7 +19,6 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
-from typing import IO
 
 from greenroom.errors import ConfigError
 from greenroom.vllm.settings import Settings
@@ -77,7 +76,7 @@ def socket_path(engine_id: str) -> Path:
     Raises:
         ConfigError: see ``runtime_dir``.
     """
-    name = engine_id if _SAFE_ID.fullmatch(engine_id) else hashlib.sha256(engine_id.encode()).hexdigest()[:32]
+    name = engine_id if _SAFE_ID.fullmatch(engine_id) else hashlib.sha256(engine_id.encode()).hexdigest()[:16]
     path = runtime_dir() / f"greenroom-{name}.sock"
     if len(os.fsencode(path)) > PATH_BYTES_MAX:
         raise ConfigError("config", f"the socket path {path} is too long: set XDG_RUNTIME_DIR to a shorter directory")
@@ -103,16 +102,14 @@ class EmbeddedSidecar:
         with open(f"{self.socket}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not answers(self.socket):
-                self._start(settings, lock)
+                self._start(settings)
 
-    def _start(self, settings: Settings, lock: IO[str]) -> None:
+    def _start(self, settings: Settings) -> None:
         argv = [command(), "serve", "--socket", str(self.socket), "--until-stdin-closes"]
         if settings.memory is not None:
             argv += ["--memory", settings.memory]
         if settings.listen is not None:
             argv += ["--listen", settings.listen]
-        lock.write(str(os.getpid()))
-        lock.flush()
         # A session of its own: a Ctrl-C for vLLM must not end it before vLLM has ended.
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True)
         self._process = process
