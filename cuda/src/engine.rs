@@ -106,8 +106,8 @@ pub enum Poll {
 
 /// A way of copying between arenas and one KV pool, driven by one owner thread.
 ///
-/// Every method is called on the owner thread, which also drops the engine. The rules each engine keeps, and
-/// [`conformance`](crate::conformance) checks:
+/// Every method is called on the owner thread, which also drops the engine. The rules each engine keeps, and the suite in
+/// `conformance` checks:
 ///
 /// 1. `submit` only enqueues: it does not wait for copies or compute work. Host engines copy inside `poll`.
 /// 2. An error from `submit` means that no byte of the batch has moved or will move. An engine that fails half way through

@@ -781,28 +781,58 @@ mod tests {
         assert_eq!(setup.ends(), [(1, Outcome::Done)]);
     }
 
-    #[test]
-    fn an_idle_thread_sleeps() {
-        let idle = setup(limits());
-        let busy = setup(limits());
-        idle.submit(job(1, CopyKind::Save, 0, 8));
-        idle.thread.wait_idle();
-        // The last round is the one that finds nothing to do.
-        let mut rounds = idle.thread.rounds();
+    /// How often the owner has looked for work, once that number stands still.
+    fn settled(thread: &CopyThread) -> u64 {
+        let mut rounds = thread.rounds();
         let mut same = 0;
-        while same < 1000 {
+        for _ in 0..1_000_000 {
             std::thread::yield_now();
-            let now = idle.thread.rounds();
+            let now = thread.rounds();
             same = if now == rounds { same + 1 } else { 0 };
             rounds = now;
+            if same == 1000 {
+                return rounds;
+            }
         }
-        // Time passes: as much as 500 jobs of another thread take, each of them longer than a poll interval.
+        panic!("the copy thread looks for work again and again");
+    }
+
+    /// Lets time pass: as much as 500 jobs of another thread take, each of them longer than a poll interval.
+    fn pass_time() {
+        let busy = setup(limits());
         for id in 0..500 {
             busy.submit(job(id, CopyKind::Save, 0, 8));
             busy.thread.wait_idle();
             assert_eq!(busy.ends().len(), 1);
         }
-        assert_eq!(idle.thread.rounds(), rounds, "it looked for work unasked");
+    }
+
+    #[test]
+    fn an_idle_thread_sleeps() {
+        let setup = setup(limits());
+        setup.submit(job(1, CopyKind::Save, 0, 8));
+        setup.thread.wait_idle();
+        let rounds = settled(&setup.thread);
+        pass_time();
+        assert_eq!(setup.thread.rounds(), rounds, "it looked for work unasked");
+    }
+
+    #[test]
+    fn between_polls_the_thread_sleeps_and_still_listens() {
+        let setup = setup(CopyLimits {
+            poll_interval: Duration::from_secs(3600),
+            ..limits()
+        });
+        setup.switch.hold();
+        setup.submit(job(1, CopyKind::Save, 0, 1));
+        let rounds = settled(&setup.thread);
+        pass_time();
+        assert_eq!(setup.thread.rounds(), rounds, "it polled before its time");
+        setup.switch.release();
+        // A call wakes it: it takes the new job and polls the old one on the way.
+        setup.submit(job(2, CopyKind::Demand, 1, 1));
+        setup.thread.wait_idle();
+        assert_eq!(setup.ends().len(), 2);
     }
 
     #[test]
