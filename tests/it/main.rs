@@ -1,1 +1,2 @@
 //! Placeholder until its part lands.
+mod hooks;

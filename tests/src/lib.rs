@@ -1,1 +1,8 @@
-//! Placeholder until its part lands.
+//! What the process tests share: a sidecar in this process, and a simulated engine whose KV are checkable bytes.
+//!
+//! The engine drives the real hooks, link, protocol, store and copy thread; only the model is made up: the bytes of a
+//! block follow from its hash, so that a block with wrong bytes is seen at once.
+
+pub mod engine;
+pub mod pool;
+pub mod sidecar;

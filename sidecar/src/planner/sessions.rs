@@ -204,8 +204,10 @@ impl Sessions {
             return;
         };
         session.running = session.running.saturating_sub(1);
-        session.chain = chain.to_vec();
-        session.prompt_blocks = session.prompt_blocks.min(chain.len());
+        // A request that was aborted early computed less than its prompt: the session is no shorter for that.
+        if chain.len() >= session.prompt_blocks {
+            session.chain = chain.to_vec();
+        }
         session.turn_ended = Some(now);
         session.last_used = now;
         session.residence = Residence::Hold;

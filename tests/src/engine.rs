@@ -1,0 +1,483 @@
+//! A simulated engine: the scheduler's and one worker's side of Greenroom around a model that only writes checkable bytes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cuda::{
+    ArenaId, ArenaShard, ComputeMark, CopyKind, CopyLimits, CopyThread, DevicePool, DeviceRegion,
+    HostEngine, HostSwitch, Job, JobId, Outcome,
+};
+use kvstore::{BlockHash, GpuBlock, SlotId};
+use sidecar::engine::client::WorkerLink;
+use sidecar::engine::frames::{CopyClass, Hello, Role};
+use sidecar::engine::plan::{JobReport, PlannedJob, Report, StepPlan};
+use sidecar::hooks::{
+    GpuPool, HooksConfig, Match, Prefetch, Published, SchedulerHooks, Step, StepMode,
+};
+
+use crate::pool::SimPool;
+use crate::sidecar::{Sidecar, until};
+
+/// Regions of the simulated pool (layers), and bytes of a block in each.
+const LAYERS: usize = 3;
+const LAYER_BYTES: usize = 512;
+
+/// A chain of hashes along a path; equal prefixes of paths give equal prefixes of chains.
+pub fn chain(path: impl IntoIterator<Item = u32>) -> Vec<BlockHash> {
+    let mut state = [0x9e37_79b9_7f4a_7c15_u64; 4];
+    path.into_iter()
+        .map(|step| {
+            for (i, word) in state.iter_mut().enumerate() {
+                *word = (word.rotate_left(13) ^ u64::from(step).wrapping_add(i as u64))
+                    .wrapping_mul(0xff51_afd7_ed55_8ccd);
+                *word ^= *word >> 29;
+            }
+            let mut hash = [0; 32];
+            for (bytes, word) in hash.chunks_mut(8).zip(state) {
+                bytes.copy_from_slice(&word.to_le_bytes());
+            }
+            BlockHash(hash)
+        })
+        .collect()
+}
+
+/// The bytes that the model computes for a block in a layer.
+fn expected(hash: &BlockHash, layer: usize) -> Vec<u8> {
+    hash.0
+        .iter()
+        .cycle()
+        .take(LAYER_BYTES)
+        .map(|byte| byte.wrapping_add(layer as u8))
+        .collect()
+}
+
+/// One simulated engine.
+pub struct Engine {
+    /// The hooks under test.
+    pub hooks: SchedulerHooks,
+    /// The engine's pool.
+    pub pool: SimPool,
+    /// Stops and resumes the copies.
+    pub switch: HostSwitch,
+    copies: Arc<CopyThread>,
+    link: Option<WorkerLink>,
+    memory: Memory,
+    saves: Vec<PlannedJob>,
+    demand: HashMap<u64, Vec<u32>>,
+    refused: Vec<JobReport>,
+    loaded: Vec<String>,
+    invalid: Vec<u32>,
+    requests: u32,
+    /// Blocks that running requests will still need.
+    pub reserve: usize,
+    /// Blocks that came from the arena, by demand or prefetch, and were checked.
+    pub reloaded: usize,
+}
+
+/// The simulated GPU's bytes, reached by address only.
+struct Memory {
+    base: *mut u8,
+    layout: std::alloc::Layout,
+    blocks: usize,
+}
+
+impl Memory {
+    fn new(blocks: usize) -> Self {
+        let layout = std::alloc::Layout::array::<u8>(LAYERS * LAYER_BYTES * blocks).unwrap();
+        // SAFETY: the size is not zero.
+        let base = unsafe { std::alloc::alloc_zeroed(layout) };
+        assert!(!base.is_null());
+        Self {
+            base,
+            layout,
+            blocks,
+        }
+    }
+
+    fn at(&self, block: GpuBlock, layer: usize) -> *mut u8 {
+        assert!(block.index() < self.blocks && layer < LAYERS);
+        // SAFETY: inside the allocation by the assertion.
+        unsafe {
+            self.base
+                .add((layer * self.blocks + block.index()) * LAYER_BYTES)
+        }
+    }
+
+    fn write(&self, block: GpuBlock, hash: &BlockHash) {
+        for layer in 0..LAYERS {
+            let bytes = expected(hash, layer);
+            // SAFETY: `at` gives LAYER_BYTES bytes; the engine computes only blocks that no copy touches.
+            unsafe {
+                std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.at(block, layer), LAYER_BYTES)
+            };
+        }
+    }
+
+    fn holds(&self, block: GpuBlock, hash: &BlockHash) -> bool {
+        (0..LAYERS).all(|layer| {
+            let mut bytes = vec![0; LAYER_BYTES];
+            // SAFETY: as in `write`.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    self.at(block, layer),
+                    bytes.as_mut_ptr(),
+                    LAYER_BYTES,
+                )
+            };
+            bytes == expected(hash, layer)
+        })
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout; the copy thread has ended (the engine drops it first).
+        unsafe { std::alloc::dealloc(self.base, self.layout) };
+    }
+}
+
+/// What a turn found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// Leading blocks that were on the GPU.
+    pub local: usize,
+    /// Blocks that a demand load brought in.
+    pub loaded: usize,
+    /// Blocks that had to be computed.
+    pub computed: usize,
+}
+
+impl Engine {
+    /// An engine with `blocks` GPU blocks, connected to `sidecar` with its arena mapped.
+    pub fn start(sidecar: &Sidecar, name: &str, blocks: u32) -> Self {
+        Self::start_in(sidecar, name, blocks, b"weights")
+    }
+
+    /// As [`Self::start`], in the namespace of `material`.
+    pub fn start_in(sidecar: &Sidecar, name: &str, blocks: u32, material: &[u8]) -> Self {
+        let rank_bytes = (LAYERS * LAYER_BYTES) as u64;
+        let memory = Memory::new(blocks as usize);
+        let stride = LAYER_BYTES as u64;
+        let regions = (0..LAYERS).map(|layer| DeviceRegion {
+            base: memory.at(GpuBlock(0), layer).expose_provenance() as u64,
+            block_stride: stride,
+            block_bytes: stride,
+        });
+        // SAFETY: the regions lie in `memory`, which outlives the copy thread and is reached by raw pointers only.
+        let pool = Arc::new(unsafe { DevicePool::new(regions.collect(), blocks) }.unwrap());
+        let switch = HostSwitch::default();
+        let engine = HostEngine::with_switch(pool.clone(), switch.clone());
+        let copies =
+            Arc::new(CopyThread::spawn(Box::new(engine), pool, CopyLimits::default()).unwrap());
+        let config = HooksConfig {
+            socket: sidecar.socket(),
+            engine: name.to_owned(),
+            rank_bytes,
+            ranks: 1,
+            block_tokens: 16,
+            gpu_blocks: blocks,
+            lookup_wait: Duration::from_secs(5),
+            hold_ratio: 0.3,
+            prefetch: Prefetch::On,
+        };
+        let hello = Hello {
+            role: Role::Worker { rank: 0 },
+            engine: name.to_owned(),
+            rank_bytes,
+            ranks: 1,
+            block_tokens: 16,
+            gpu_blocks: blocks,
+        };
+        let attach = copies.clone();
+        let on_arena = Box::new(move |arena: sidecar::engine::client::MappedArena| {
+            let shard = ArenaShard {
+                map: arena.map,
+                slot_bytes: arena.slot_bytes,
+                rank_offset: 0,
+            };
+            attach
+                .attach(ArenaId(arena.boot), shard)
+                .map_err(std::io::Error::other)
+        });
+        let link = WorkerLink::open(sidecar.socket(), hello, on_arena).unwrap();
+        let mut hooks = SchedulerHooks::connect(config, Box::new(|| {})).unwrap();
+        hooks.open_namespace(material);
+        let mut this = Self {
+            hooks,
+            pool: SimPool::new(blocks),
+            switch,
+            copies,
+            link: Some(link),
+            memory,
+            saves: Vec::new(),
+            demand: HashMap::new(),
+            refused: Vec::new(),
+            loaded: Vec::new(),
+            invalid: Vec::new(),
+            requests: 0,
+            reserve: 0,
+            reloaded: 0,
+        };
+        this.until_ready();
+        this
+    }
+
+    /// Steps until a sidecar is connected and the arena is mapped.
+    pub fn until_ready(&mut self) {
+        until("the engine is ready", || {
+            self.step();
+            self.hooks.figures().ready
+        });
+    }
+
+    /// One engine step: plan, copies, reports. Computes nothing.
+    pub fn step(&mut self) {
+        let step = Step {
+            reserve: self.reserve,
+            handed_out: self.pool.take_handed_out(),
+            mode: StepMode::Running,
+        };
+        let plan = self.hooks.plan(step, &mut self.pool, Instant::now());
+        let plan = plan
+            .map(|bytes| StepPlan::decode(&bytes).unwrap())
+            .unwrap_or_default();
+        self.begin(plan);
+        self.end();
+        self.collect();
+        self.pool.check();
+    }
+
+    fn begin(&mut self, plan: StepPlan) {
+        let ids = |ids: &[u64]| ids.iter().copied().map(JobId).collect::<Vec<_>>();
+        self.copies.fence(&ids(&plan.fence));
+        self.copies.cancel(&ids(&plan.cancel));
+        for job in plan.loads {
+            self.submit(&job);
+        }
+        self.saves.extend(plan.saves);
+    }
+
+    fn end(&mut self) {
+        for job in std::mem::take(&mut self.saves) {
+            self.submit(&job);
+        }
+    }
+
+    fn submit(&mut self, job: &PlannedJob) {
+        let kind = match job.kind {
+            CopyClass::Demand => CopyKind::Demand,
+            CopyClass::Prefetch => CopyKind::Prefetch,
+            CopyClass::Save => CopyKind::Save,
+        };
+        if job.kind == CopyClass::Demand {
+            self.demand
+                .insert(job.id, job.pairs.iter().map(|(_, block)| *block).collect());
+        }
+        let pairs = job
+            .pairs
+            .iter()
+            .map(|(slot, block)| (SlotId(*slot), GpuBlock(*block)))
+            .collect();
+        let submitted = Job {
+            id: JobId(job.id),
+            kind,
+            arena: ArenaId(job.boot),
+            pairs,
+        };
+        if self.copies.submit(submitted, ComputeMark(0)).is_err() {
+            self.refused.push(JobReport {
+                id: job.id,
+                ok: false,
+                bytes: 0,
+                micros: 0,
+            });
+        }
+    }
+
+    fn collect(&mut self) {
+        let mut ended = std::mem::take(&mut self.refused);
+        ended.extend(
+            self.copies
+                .take_finished()
+                .into_iter()
+                .map(|end| JobReport {
+                    id: end.id.0,
+                    ok: end.outcome == Outcome::Done,
+                    bytes: end.bytes,
+                    micros: (end.seconds * 1e6) as u64,
+                }),
+        );
+        for report in &ended {
+            let blocks = self.demand.remove(&report.id).unwrap_or_default();
+            if !report.ok {
+                self.invalid.extend(blocks);
+            }
+        }
+        if !ended.is_empty() {
+            let report = Report { rank: 0, ended }.encode().unwrap();
+            self.loaded.extend(
+                self.hooks
+                    .copies_done(&report, &mut self.pool, Instant::now())
+                    .unwrap(),
+            );
+        }
+    }
+
+    /// Steps until nothing is in flight and nothing is due.
+    pub fn settle(&mut self) {
+        until("copies have settled", || {
+            self.step();
+            !self.hooks.pending()
+        });
+    }
+
+    /// Serves one request of `session` whose full blocks are `chain`, and frees its blocks. The last block is always
+    /// computed, as a request always computes a token.
+    pub fn turn(&mut self, session: Option<&str>, chain: &[BlockHash]) -> Turn {
+        self.requests += 1;
+        let request = format!("request-{}", self.requests);
+        self.hooks
+            .turn_started(&request, session, chain, Instant::now());
+        let useful = chain.len() - 1;
+        let (mut local, mut hit) = (0, 0);
+        until("the lookup is answered", || {
+            self.step();
+            local = self.pool.leading(&chain[..useful]);
+            match self
+                .hooks
+                .match_prefix(&request, local, useful, Instant::now())
+            {
+                Match::Hit(n) => hit = n,
+                Match::Miss => hit = 0,
+                Match::Pending => return false,
+            }
+            true
+        });
+        let resident: Vec<GpuBlock> = self
+            .pool
+            .lookup(&chain[..local])
+            .into_iter()
+            .flatten()
+            .collect();
+        self.pool.reference(&resident);
+        self.verify(&resident, &chain[..local]);
+        let fresh = self
+            .pool
+            .take(chain.len() - local)
+            .expect("the test's pool is large enough for its requests");
+        self.hooks.swap_in(&request, &fresh[..hit]);
+        let mut loaded = hit;
+        if hit > 0 {
+            until("the load has ended", || {
+                self.step();
+                self.loaded.contains(&request)
+            });
+            self.loaded.retain(|done| *done != request);
+            let bad = fresh[..hit]
+                .iter()
+                .position(|block| self.invalid.contains(&block.0));
+            self.invalid.clear();
+            loaded = bad.unwrap_or(hit);
+            self.verify(&fresh[..loaded], &chain[local..]);
+            self.hooks.swap_in(&request, &[]);
+        }
+        let blocks = [&resident[..], &fresh[..]].concat();
+        for (block, hash) in blocks.iter().zip(chain).skip(local + loaded) {
+            self.memory.write(*block, hash);
+        }
+        let entries = blocks.iter().zip(chain).enumerate().skip(local);
+        let entries: Vec<Published> = entries
+            .map(|(i, (block, hash))| Published {
+                block: *block,
+                hash: *hash,
+                position: i as u32,
+            })
+            .collect();
+        self.pool.publish(&entries);
+        self.hooks.blocks_filled(&request, chain.len(), chain);
+        self.step();
+        self.hooks.turn_ended(&request, chain, Instant::now());
+        let mut blocks = blocks;
+        blocks.reverse();
+        self.pool.release(&blocks);
+        Turn {
+            local,
+            loaded,
+            computed: chain.len() - local - loaded,
+        }
+    }
+
+    /// A request that is aborted while its load is in flight; true if there was one.
+    pub fn aborted_turn(&mut self, session: &str, chain: &[BlockHash]) -> bool {
+        self.requests += 1;
+        let request = format!("request-{}", self.requests);
+        self.hooks
+            .turn_started(&request, Some(session), chain, Instant::now());
+        let mut hit = None;
+        until("the lookup is answered", || {
+            self.step();
+            let local = self.pool.leading(chain);
+            match self
+                .hooks
+                .match_prefix(&request, local, chain.len() - 1, Instant::now())
+            {
+                Match::Pending => return false,
+                Match::Hit(n) => hit = Some(n),
+                Match::Miss => {}
+            }
+            true
+        });
+        let Some(hit) = hit else {
+            self.hooks.turn_ended(&request, &[], Instant::now());
+            return false;
+        };
+        let fresh = self.pool.take(hit).unwrap();
+        self.hooks.swap_in(&request, &fresh);
+        self.hooks.turn_ended(&request, &[], Instant::now());
+        // As vLLM does: the blocks of an aborted load are freed when the load has ended.
+        until("the aborted load has ended", || {
+            self.step();
+            self.loaded.contains(&request)
+        });
+        self.loaded.retain(|done| *done != request);
+        self.invalid.clear();
+        self.pool.release(&fresh);
+        true
+    }
+
+    /// Other traffic: requests of unique content until `blocks` blocks have been handed out.
+    pub fn flood(&mut self, seed: u32, blocks: usize) {
+        let mut handed = 0;
+        let mut n = 0;
+        while handed < blocks {
+            n += 1;
+            let turn = self.turn(None, &chain((0..20).map(|i| seed ^ (n << 16) ^ (i + 1))));
+            handed += turn.computed + turn.loaded;
+        }
+    }
+
+    fn verify(&mut self, blocks: &[GpuBlock], chain: &[BlockHash]) {
+        for (block, hash) in blocks.iter().zip(chain) {
+            assert!(
+                self.memory.holds(*block, hash),
+                "block {block:?} does not hold the bytes of {hash:?}"
+            );
+        }
+        self.reloaded += blocks.len();
+    }
+
+    /// The worker process is gone: its connection ends and its copies stop.
+    pub fn kill_worker(&mut self) {
+        self.link = None;
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.hooks.close();
+        self.link = None;
+        self.switch.release();
+        self.copies.wait_idle();
+    }
+}

@@ -1,0 +1,172 @@
+//! A block pool with the rules of vLLM's: reference counts, a free list in eviction order, a prefix cache by hash.
+
+use std::collections::{HashMap, VecDeque};
+
+use kvstore::{BlockHash, GpuBlock};
+use sidecar::hooks::{BlockUse, GpuPool, Published};
+
+/// See the module's text.
+pub struct SimPool {
+    blocks: Vec<Block>,
+    /// Block numbers, the first to be handed out next.
+    free: VecDeque<u32>,
+    cache: HashMap<BlockHash, Vec<u32>>,
+    /// Blocks handed out since the last question.
+    handed_out: usize,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Block {
+    references: u32,
+    hash: Option<BlockHash>,
+}
+
+impl SimPool {
+    /// A pool of `blocks` free blocks.
+    pub fn new(blocks: u32) -> Self {
+        Self {
+            blocks: vec![Block::default(); blocks as usize],
+            free: (0..blocks).collect(),
+            cache: HashMap::new(),
+            handed_out: 0,
+        }
+    }
+
+    /// Leading blocks of a chain that are cached.
+    pub fn leading(&self, chain: &[BlockHash]) -> usize {
+        self.lookup(chain)
+            .iter()
+            .take_while(|b| b.is_some())
+            .count()
+    }
+
+    /// Blocks handed out since the last call.
+    pub fn take_handed_out(&mut self) -> usize {
+        std::mem::take(&mut self.handed_out)
+    }
+
+    /// Empties the prefix cache; fails while anything is referenced, as vLLM's does.
+    pub fn reset(&mut self) -> bool {
+        if self.free.len() < self.blocks.len() {
+            return false;
+        }
+        self.cache.clear();
+        self.blocks.iter_mut().for_each(|block| block.hash = None);
+        true
+    }
+
+    /// Recounts: the free list holds exactly the unreferenced blocks, the cache exactly the hashed ones.
+    pub fn check(&self) {
+        let unreferenced = self.blocks.iter().filter(|b| b.references == 0).count();
+        assert_eq!(
+            unreferenced,
+            self.free.len(),
+            "free list and reference counts disagree"
+        );
+        for (hash, blocks) in &self.cache {
+            for block in blocks {
+                assert_eq!(self.blocks[*block as usize].hash, Some(*hash));
+            }
+        }
+    }
+
+    fn uncache(&mut self, number: u32) {
+        if let Some(hash) = self.blocks[number as usize].hash.take() {
+            let cached = self.cache.get_mut(&hash).unwrap();
+            cached.retain(|other| *other != number);
+            if cached.is_empty() {
+                self.cache.remove(&hash);
+            }
+        }
+    }
+}
+
+impl GpuPool for SimPool {
+    fn total(&self) -> usize {
+        self.blocks.len()
+    }
+
+    fn free(&self) -> usize {
+        self.free.len()
+    }
+
+    fn lookup(&self, hashes: &[BlockHash]) -> Vec<Option<GpuBlock>> {
+        hashes
+            .iter()
+            .map(|hash| self.cache.get(hash).map(|blocks| GpuBlock(blocks[0])))
+            .collect()
+    }
+
+    fn uses(&self, blocks: &[GpuBlock]) -> Vec<BlockUse> {
+        let of = |b: &GpuBlock| &self.blocks[b.index()];
+        blocks
+            .iter()
+            .map(|b| BlockUse {
+                hash: of(b).hash,
+                referenced: of(b).references > 0,
+            })
+            .collect()
+    }
+
+    fn free_list(&self, n: usize) -> Vec<Option<BlockHash>> {
+        self.free
+            .iter()
+            .take(n)
+            .map(|number| self.blocks[*number as usize].hash)
+            .collect()
+    }
+
+    fn take(&mut self, n: usize) -> Option<Vec<GpuBlock>> {
+        if n > self.free.len() {
+            return None;
+        }
+        let taken: Vec<u32> = self.free.drain(..n).collect();
+        for number in &taken {
+            self.uncache(*number);
+            self.blocks[*number as usize].references = 1;
+        }
+        self.handed_out += n;
+        Some(taken.into_iter().map(GpuBlock).collect())
+    }
+
+    fn reference(&mut self, blocks: &[GpuBlock]) {
+        for block in blocks {
+            if self.blocks[block.index()].references == 0 {
+                self.free.retain(|number| *number != block.0);
+            }
+            self.blocks[block.index()].references += 1;
+        }
+    }
+
+    fn release(&mut self, blocks: &[GpuBlock]) {
+        let mut uncached = Vec::new();
+        for block in blocks {
+            let state = &mut self.blocks[block.index()];
+            state.references = state
+                .references
+                .checked_sub(1)
+                .expect("released more often than referenced");
+            if state.references == 0 {
+                // As vLLM does: what caches nothing is handed out first.
+                if state.hash.is_none() {
+                    uncached.push(block.0)
+                } else {
+                    self.free.push_back(block.0)
+                }
+            }
+        }
+        uncached
+            .into_iter()
+            .for_each(|number| self.free.push_front(number));
+    }
+
+    fn publish(&mut self, entries: &[Published]) {
+        for entry in entries {
+            if !self.cache.contains_key(&entry.hash) {
+                assert_eq!(self.blocks[entry.block.index()].hash, None);
+                self.blocks[entry.block.index()].hash = Some(entry.hash);
+                self.cache.insert(entry.hash, vec![entry.block.0]);
+            }
+        }
+    }
+}

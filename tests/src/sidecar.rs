@@ -1,0 +1,164 @@
+//! A sidecar on a runtime of its own in this process, and HTTP calls to it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::Value;
+use sidecar::config::{Config, Machine, Settings};
+use tempfile::TempDir;
+
+/// A running sidecar; stopped and joined when dropped.
+pub struct Sidecar {
+    folder: TempDir,
+    url: String,
+    stop: Option<std::sync::mpsc::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Sidecar {
+    /// Starts one with an arena of `memory` (as in the config file).
+    pub fn start(memory: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let mut this = Self {
+            folder,
+            url: format!("http://127.0.0.1:{port}"),
+            stop: None,
+            thread: None,
+        };
+        this.run(memory, port);
+        this
+    }
+
+    fn run(&mut self, memory: &str, port: u16) {
+        let path = self.folder.path().join("greenroom.toml");
+        let socket = self.socket();
+        std::fs::write(
+            &path,
+            format!("memory = \"{memory}\"\nsocket = {socket:?}\nlisten = \"127.0.0.1:{port}\"\ndrain_timeout = \"100ms\"\n"),
+        )
+        .unwrap();
+        let config = Config::resolve(
+            Settings::from_file(&path).unwrap(),
+            &Machine::probe().unwrap(),
+        )
+        .unwrap();
+        let (stop, stopped) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            let shutdown = async move {
+                tokio::task::spawn_blocking(move || stopped.recv())
+                    .await
+                    .ok();
+            };
+            runtime
+                .block_on(::sidecar::server::run(config, shutdown))
+                .unwrap();
+        });
+        (self.stop, self.thread) = (Some(stop), Some(thread));
+        until("the sidecar answers", || self.try_get("/healthz").is_some());
+    }
+
+    /// Ends it as SIGTERM would.
+    pub fn stop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+
+    /// Stops and starts anew: another boot, an empty arena.
+    pub fn restart(&mut self, memory: &str) {
+        self.stop();
+        let port = self.url.rsplit(':').next().unwrap().parse().unwrap();
+        self.run(memory, port);
+    }
+
+    /// The engines' socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("engine.sock")
+    }
+
+    /// Base address of the HTTP API.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    fn try_get(&self, path: &str) -> Option<Value> {
+        ureq::get(format!("{}{path}", self.url))
+            .call()
+            .ok()?
+            .body_mut()
+            .read_json()
+            .ok()
+    }
+
+    /// `GET`, which must succeed.
+    pub fn get(&self, path: &str) -> Value {
+        ureq::get(format!("{}{path}", self.url))
+            .call()
+            .unwrap()
+            .body_mut()
+            .read_json()
+            .unwrap()
+    }
+
+    /// `POST` of JSON, which must succeed.
+    pub fn post(&self, path: &str, body: &Value) -> Value {
+        ureq::post(format!("{}{path}", self.url))
+            .send_json(body)
+            .unwrap()
+            .body_mut()
+            .read_json()
+            .unwrap()
+    }
+
+    /// `DELETE`, which must succeed.
+    pub fn delete(&self, path: &str) -> Value {
+        ureq::delete(format!("{}{path}", self.url))
+            .call()
+            .unwrap()
+            .body_mut()
+            .read_json()
+            .unwrap()
+    }
+
+    /// One prefetch hint for a session; the outcome.
+    pub fn prefetch(&self, session: &str, message: &str) -> String {
+        let hint = serde_json::json!({"protocol_version": "1.0", "message_id": message, "actions": [{
+            "action_id": "a", "action_type": "kv.prefetch", "action_version": "1.0",
+            "payload": {"target": {"session_id": session}}}]});
+        self.post("/v1/hints", &hint)["results"][0]["outcome"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    }
+}
+
+impl Drop for Sidecar {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Waits for a condition; a watchdog, not a measurement.
+///
+/// # Panics
+/// After 30 seconds.
+pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = std::time::Instant::now();
+    while !condition() {
+        assert!(
+            start.elapsed() < Duration::from_secs(30),
+            "waited too long until {what}"
+        );
+        std::thread::yield_now();
+    }
+}
