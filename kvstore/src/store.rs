@@ -1161,6 +1161,51 @@ mod tests {
     }
 
     #[test]
+    fn a_namespace_that_is_only_being_filled_keeps_its_place() {
+        let mut bench = Bench::new(8);
+        bench.save(&chain(0, 1));
+        let second = bench.store.open_namespace(NamespaceId([2; 32])).unwrap();
+        let term = bench.term();
+        let filling = bench
+            .store
+            .reserve(OTHER, second, &chain(0, 1), term)
+            .unwrap()
+            .unwrap();
+        assert!(bench.store.open_namespace(NamespaceId([3; 32])).is_err());
+        assert_eq!(
+            bench
+                .store
+                .commit(OTHER, filling.id, bench.now)
+                .unwrap()
+                .committed,
+            1
+        );
+    }
+
+    #[test]
+    fn a_reset_leaves_the_reservations_of_other_namespaces_alone() {
+        let mut bench = Bench::new(8);
+        let other = bench.store.open_namespace(NamespaceId([2; 32])).unwrap();
+        let reservation = bench.reserve(&chain(0, 2)).unwrap();
+        assert_eq!(bench.store.reset_namespace(other).1, Effects::default());
+        bench.store.check_invariants();
+        assert_eq!(bench.commit(reservation.id).unwrap().committed, 2);
+    }
+
+    #[test]
+    fn a_slow_save_keeps_its_place_between_the_calls_that_came_after() {
+        let mut bench = Bench::new(4);
+        let slow = bench.reserve(&chain(0, 2)).unwrap();
+        bench.save(&chain(2, 4));
+        assert_eq!(bench.commit(slow.id).unwrap().committed, 2);
+        assert_eq!(
+            bench.eviction_order(0..4),
+            [1, 0, 3, 2],
+            "used when it was reserved"
+        );
+    }
+
+    #[test]
     fn retiring_frees_at_once_what_nobody_holds_and_the_rest_when_it_is_let_go() {
         let mut bench = Bench::new(8);
         bench.save(&chain(0, 5));
