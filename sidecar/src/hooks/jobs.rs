@@ -13,11 +13,20 @@ use crate::engine::plan::JobReport;
 #[derive(Debug)]
 pub(super) enum Work {
     /// A request waits for these blocks, which the engine holds for it.
-    Demand { request: String, lease: Option<u64>, blocks: Vec<GpuBlock>, hashes: Vec<BlockHash> },
+    Demand {
+        request: String,
+        lease: Option<u64>,
+        blocks: Vec<GpuBlock>,
+        hashes: Vec<BlockHash>,
+    },
     /// Blocks that we took for a waiting session.
     Prefetch(Fetch),
     /// Blocks on their way to the arena.
-    Save { lease: u64, blocks: Vec<SavedBlock>, fenced: bool },
+    Save {
+        lease: u64,
+        blocks: Vec<SavedBlock>,
+        fenced: bool,
+    },
 }
 
 impl Work {
@@ -57,7 +66,15 @@ pub(super) struct Job {
 
 impl Job {
     pub(super) fn new(work: Work, epoch: u64, connection: u64, ranks: u32) -> Self {
-        Self { work, epoch, connection, failed: false, bytes: 0, micros: 0, ranks_left: ranks }
+        Self {
+            work,
+            epoch,
+            connection,
+            failed: false,
+            bytes: 0,
+            micros: 0,
+            ranks_left: ranks,
+        }
     }
 }
 
@@ -108,11 +125,17 @@ impl Jobs {
     }
 
     pub(super) fn saves_mut(&mut self) -> impl Iterator<Item = (u64, &mut Job)> {
-        self.table.iter_mut().filter(|(_, job)| job.work.kind() == CopyClass::Save).map(|(id, job)| (*id, job))
+        self.table
+            .iter_mut()
+            .filter(|(_, job)| job.work.kind() == CopyClass::Save)
+            .map(|(id, job)| (*id, job))
     }
 
     pub(super) fn count_saves(&self) -> usize {
-        self.table.values().filter(|job| job.work.kind() == CopyClass::Save).count()
+        self.table
+            .values()
+            .filter(|job| job.work.kind() == CopyClass::Save)
+            .count()
     }
 
     /// Whether a job of an earlier connection is still running.

@@ -50,7 +50,12 @@ pub trait GpuPool {
 pub(super) fn requeue(pool: &mut dyn GpuPool, chain: &[BlockHash]) {
     let blocks: Vec<GpuBlock> = pool.lookup(chain).into_iter().flatten().collect();
     let uses = pool.uses(&blocks);
-    let mut idle: Vec<GpuBlock> = blocks.iter().zip(&uses).filter(|(_, u)| !u.referenced).map(|(b, _)| *b).collect();
+    let mut idle: Vec<GpuBlock> = blocks
+        .iter()
+        .zip(&uses)
+        .filter(|(_, u)| !u.referenced)
+        .map(|(b, _)| *b)
+        .collect();
     if !idle.is_empty() {
         pool.reference(&idle);
         idle.reverse();

@@ -66,7 +66,11 @@ impl Saves {
         if self.queue.is_empty() || self.asked.len() + self.granted.len() >= OUTSTANDING_MAX {
             return None;
         }
-        Some(self.queue.drain(..blocks_max.min(self.queue.len())).collect())
+        Some(
+            self.queue
+                .drain(..blocks_max.min(self.queue.len()))
+                .collect(),
+        )
     }
 
     /// Remembers what was asked under which number.
@@ -75,15 +79,31 @@ impl Saves {
     }
 
     /// An answer: pairs of (index into what was asked, slot). False if nobody asked.
-    pub(super) fn answered(&mut self, sequence: u64, lease: Option<u64>, slots: &[(u32, u32)], expires: Instant) -> bool {
-        let Some(at) = self.asked.iter().position(|(asked, _)| *asked == sequence) else { return false };
-        let Some((_, hashes)) = self.asked.remove(at) else { return false };
+    pub(super) fn answered(
+        &mut self,
+        sequence: u64,
+        lease: Option<u64>,
+        slots: &[(u32, u32)],
+        expires: Instant,
+    ) -> bool {
+        let Some(at) = self.asked.iter().position(|(asked, _)| *asked == sequence) else {
+            return false;
+        };
+        let Some((_, hashes)) = self.asked.remove(at) else {
+            return false;
+        };
         let entries = slots
             .iter()
-            .filter_map(|(index, slot)| Some((*hashes.get(usize::try_from(*index).ok()?)?, SlotId(*slot))))
+            .filter_map(|(index, slot)| {
+                Some((*hashes.get(usize::try_from(*index).ok()?)?, SlotId(*slot)))
+            })
             .collect();
         if let Some(lease) = lease {
-            self.granted.push_back(Grant { lease, entries, expires });
+            self.granted.push_back(Grant {
+                lease,
+                entries,
+                expires,
+            });
         }
         true
     }
@@ -101,7 +121,10 @@ impl Saves {
     /// Forgets reservations (the connection is gone); what they were for is queued again.
     pub(super) fn disconnect(&mut self) {
         let asked = self.asked.drain(..).flat_map(|(_, hashes)| hashes);
-        let granted = self.granted.drain(..).flat_map(|grant| grant.entries.into_iter().map(|(hash, _)| hash));
+        let granted = self
+            .granted
+            .drain(..)
+            .flat_map(|grant| grant.entries.into_iter().map(|(hash, _)| hash));
         let again: Vec<BlockHash> = asked.chain(granted).collect();
         self.push(&again);
     }
@@ -119,18 +142,34 @@ pub(super) fn prepare(grant: &Grant, pool: &mut dyn GpuPool, room: usize) -> Shi
     let hashes: Vec<BlockHash> = grant.entries.iter().map(|(hash, _)| *hash).collect();
     let found = pool.lookup(&hashes);
     if found.iter().any(Option::is_none) {
-        let there = hashes.iter().zip(&found).filter(|(_, block)| block.is_some());
+        let there = hashes
+            .iter()
+            .zip(&found)
+            .filter(|(_, block)| block.is_some());
         return Shipment::Gone(there.map(|(hash, _)| *hash).collect());
     }
     let blocks: Vec<GpuBlock> = found.into_iter().flatten().collect();
     let uses = pool.uses(&blocks);
-    let idle: Vec<GpuBlock> = blocks.iter().zip(&uses).filter(|(_, u)| !u.referenced).map(|(b, _)| *b).collect();
+    let idle: Vec<GpuBlock> = blocks
+        .iter()
+        .zip(&uses)
+        .filter(|(_, u)| !u.referenced)
+        .map(|(b, _)| *b)
+        .collect();
     if idle.len() > room {
         return Shipment::Later;
     }
     pool.reference(&idle);
     let saved = hashes.iter().zip(&blocks).zip(&uses);
-    Shipment::Ready(saved.map(|((hash, block), u)| SavedBlock { hash: *hash, block: *block, ours: !u.referenced }).collect())
+    Shipment::Ready(
+        saved
+            .map(|((hash, block), u)| SavedBlock {
+                hash: *hash,
+                block: *block,
+                ours: !u.referenced,
+            })
+            .collect(),
+    )
 }
 
 /// Looks after the blocks of a running save: takes a reference on those that were freed since. False if one has been
@@ -154,7 +193,12 @@ pub(super) fn recheck(blocks: &mut [SavedBlock], pool: &mut dyn GpuPool) -> bool
 
 /// Gives the references of an ended save back, suffix first towards the eviction end.
 pub(super) fn finish(blocks: &[SavedBlock], pool: &mut dyn GpuPool) {
-    let ours: Vec<GpuBlock> = blocks.iter().rev().filter(|b| b.ours).map(|b| b.block).collect();
+    let ours: Vec<GpuBlock> = blocks
+        .iter()
+        .rev()
+        .filter(|b| b.ours)
+        .map(|b| b.block)
+        .collect();
     if !ours.is_empty() {
         pool.release(&ours);
     }

@@ -46,7 +46,11 @@ pub(super) enum Lookup {
     /// Nothing asked, or the answer was used up.
     Idle,
     /// Asked for the blocks from `from` on.
-    Waiting { sequence: u64, since: Instant, from: usize },
+    Waiting {
+        sequence: u64,
+        since: Instant,
+        from: usize,
+    },
     /// Answered: these.
     Ready(LeasedRun),
     /// Answered: the block at `from` is not there.
@@ -119,7 +123,9 @@ impl Turn {
             return Answer::Miss;
         }
         match &self.lookup {
-            Lookup::Waiting { since, .. } if now.saturating_duration_since(*since) < patience => Answer::Pending,
+            Lookup::Waiting { since, .. } if now.saturating_duration_since(*since) < patience => {
+                Answer::Pending
+            }
             Lookup::Waiting { .. } => Answer::Miss,
             Lookup::Nothing { from } if *from == local => Answer::Miss,
             Lookup::Idle | Lookup::Nothing { .. } => Answer::Ask { from: local },
@@ -152,7 +158,9 @@ impl Turns {
     pub(super) fn insert(&mut self, request: &str, hashes: Vec<BlockHash>) -> (u64, Option<Turn>) {
         self.next_ticket += 1;
         let ticket = self.next_ticket;
-        let before = self.table.insert(request.to_owned(), Turn::new(ticket, hashes));
+        let before = self
+            .table
+            .insert(request.to_owned(), Turn::new(ticket, hashes));
         if let Some(before) = &before {
             self.by_ticket.remove(&before.ticket);
         }
@@ -186,22 +194,37 @@ mod tests {
     const PATIENCE: Duration = Duration::from_millis(50);
 
     fn turn(blocks: u8) -> (Turn, Instant) {
-        (Turn::new(1, (0..blocks).map(|i| BlockHash([i; 32])).collect()), Instant::now())
+        (
+            Turn::new(1, (0..blocks).map(|i| BlockHash([i; 32])).collect()),
+            Instant::now(),
+        )
     }
 
     fn run(from: usize, slots: u32, expires: Instant) -> Lookup {
-        Lookup::Ready(LeasedRun { lease: 9, from, slots: (0..slots).map(SlotId).collect(), expires })
+        Lookup::Ready(LeasedRun {
+            lease: 9,
+            from,
+            slots: (0..slots).map(SlotId).collect(),
+            expires,
+        })
     }
 
     fn ask(turn: &mut Turn, local: usize, max: usize, now: Instant) -> (Answer, Vec<u64>) {
         let mut released = Vec::new();
-        (turn.answer(local, max, (now, PATIENCE), &mut released), released)
+        (
+            turn.answer(local, max, (now, PATIENCE), &mut released),
+            released,
+        )
     }
 
     #[test]
     fn waiting_has_an_end() {
         let (mut turn, now) = turn(4);
-        turn.lookup = Lookup::Waiting { sequence: 1, since: now, from: 0 };
+        turn.lookup = Lookup::Waiting {
+            sequence: 1,
+            since: now,
+            from: 0,
+        };
         assert_eq!(ask(&mut turn, 0, 4, now).0, Answer::Pending);
         assert_eq!(ask(&mut turn, 0, 4, now + PATIENCE).0, Answer::Miss);
     }
@@ -226,7 +249,10 @@ mod tests {
     fn an_expired_lease_is_asked_for_anew() {
         let (mut turn, now) = turn(8);
         turn.lookup = run(0, 8, now);
-        assert_eq!(ask(&mut turn, 2, 7, now), (Answer::Ask { from: 2 }, vec![9]));
+        assert_eq!(
+            ask(&mut turn, 2, 7, now),
+            (Answer::Ask { from: 2 }, vec![9])
+        );
     }
 
     #[test]
@@ -234,9 +260,17 @@ mod tests {
         let (mut turn, now) = turn(8);
         let later = now + Duration::from_secs(30);
         turn.lookup = run(4, 4, later);
-        assert_eq!(ask(&mut turn, 2, 7, now), (Answer::Ask { from: 2 }, vec![9]), "the GPU lost blocks");
+        assert_eq!(
+            ask(&mut turn, 2, 7, now),
+            (Answer::Ask { from: 2 }, vec![9]),
+            "the GPU lost blocks"
+        );
         turn.lookup = run(0, 3, later);
-        assert_eq!(ask(&mut turn, 5, 7, now), (Answer::Ask { from: 5 }, vec![9]), "a gap in the host below the GPU's end");
+        assert_eq!(
+            ask(&mut turn, 5, 7, now),
+            (Answer::Ask { from: 5 }, vec![9]),
+            "a gap in the host below the GPU's end"
+        );
         turn.lookup = Lookup::Nothing { from: 5 };
         assert_eq!(ask(&mut turn, 5, 7, now).0, Answer::Miss);
         assert_eq!(ask(&mut turn, 6, 7, now).0, Answer::Ask { from: 6 });

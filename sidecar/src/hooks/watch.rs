@@ -208,13 +208,22 @@ impl Watch {
     /// Positions that were fetched for a session whose turn begins now; and how many more were still on their way.
     pub(super) fn turn_begins(&mut self, session: u64) -> (Vec<u32>, usize) {
         self.table.get_mut(&session).map_or((Vec::new(), 0), |w| {
-            let late = if w.loading { w.pairs.len().saturating_sub(w.fetched.len()) } else { 0 };
+            let late = if w.loading {
+                w.pairs.len().saturating_sub(w.fetched.len())
+            } else {
+                0
+            };
             (std::mem::take(&mut w.fetched), late)
         })
     }
 
     /// The answer to a lookup for a session. Gives the run back if nobody wants it any more.
-    pub(super) fn found(&mut self, session: u64, sequence: u64, run: Option<LeasedRun>) -> Option<u64> {
+    pub(super) fn found(
+        &mut self,
+        session: u64,
+        sequence: u64,
+        run: Option<LeasedRun>,
+    ) -> Option<u64> {
         let waiting = self.table.get_mut(&session);
         match waiting.and_then(|w| Some((w.asked.filter(|(asked, _)| *asked == sequence)?.1, w))) {
             Some((from, waiting)) => {
@@ -222,7 +231,11 @@ impl Watch {
                 waiting.asked = None;
                 waiting.dirty = true;
                 waiting.gone = run.is_none();
-                let old = if run.is_some() { std::mem::replace(&mut waiting.run, run) } else { None };
+                let old = if run.is_some() {
+                    std::mem::replace(&mut waiting.run, run)
+                } else {
+                    None
+                };
                 old.map(|run| run.lease)
             }
             None => run.map(|run| run.lease),
@@ -230,7 +243,12 @@ impl Watch {
     }
 
     /// A chunk has ended. Returns a lease to give back if the session needs nothing more.
-    pub(super) fn fetched(&mut self, fetch: &Fetch, outcome: CopyOutcome, pool: &mut dyn GpuPool) -> Option<u64> {
+    pub(super) fn fetched(
+        &mut self,
+        fetch: &Fetch,
+        outcome: CopyOutcome,
+        pool: &mut dyn GpuPool,
+    ) -> Option<u64> {
         self.fetching = false;
         let waiting = self.table.get_mut(&fetch.session)?;
         waiting.loading = false;
@@ -244,7 +262,10 @@ impl Watch {
             CopyOutcome::Lost => waiting.gone = true,
         }
         if waiting.wish == Wish::Nothing {
-            return self.remove(fetch.session).and_then(|w| w.run).map(|run| run.lease);
+            return self
+                .remove(fetch.session)
+                .and_then(|w| w.run)
+                .map(|run| run.lease);
         }
         None
     }
@@ -253,7 +274,11 @@ impl Watch {
     pub(super) fn clear(&mut self) -> Vec<u64> {
         self.owners.clear();
         self.refresh.clear();
-        self.table.drain().filter_map(|(_, w)| w.run).map(|run| run.lease).collect()
+        self.table
+            .drain()
+            .filter_map(|(_, w)| w.run)
+            .map(|run| run.lease)
+            .collect()
     }
 
     /// Leases are void (the connection is gone).
@@ -292,7 +317,12 @@ impl Watch {
     }
 
     /// One step: holds refreshed, at most one chunk chosen.
-    pub(super) fn step(&mut self, facts: PoolFacts, pool: &mut dyn GpuPool, now: Instant) -> Findings {
+    pub(super) fn step(
+        &mut self,
+        facts: PoolFacts,
+        pool: &mut dyn GpuPool,
+        now: Instant,
+    ) -> Findings {
         let mut findings = Findings::default();
         if self.table.is_empty() {
             return findings;
@@ -325,10 +355,15 @@ impl Watch {
     /// the opposite order so that the nearest ends up safest.
     fn plan_refresh(&mut self, facts: PoolFacts, now: Instant) {
         let protected = |w: &Waiting| {
-            let ready_until = w.expected.filter(|_| w.residence == Residence::Ready).map(|at| at + READY_GRACE);
-            w.wish != Wish::Nothing && (w.hold_until > now || ready_until.is_some_and(|until| until > now))
+            let ready_until = w
+                .expected
+                .filter(|_| w.residence == Residence::Ready)
+                .map(|at| at + READY_GRACE);
+            w.wish != Wish::Nothing
+                && (w.hold_until > now || ready_until.is_some_and(|until| until > now))
         };
-        let mut held: Vec<(&u64, &Waiting)> = self.table.iter().filter(|(_, w)| protected(w)).collect();
+        let mut held: Vec<(&u64, &Waiting)> =
+            self.table.iter().filter(|(_, w)| protected(w)).collect();
         held.sort_by_key(|(key, w)| (w.expected.is_none(), w.expected, **key));
         let budget = budget_blocks(facts.total, self.limits.hold_ratio);
         let mut unique: HashSet<BlockHash> = HashSet::new();
@@ -343,22 +378,39 @@ impl Watch {
     fn refresh_holds(&mut self, pool: &mut dyn GpuPool) {
         let mut blocks = 0;
         while blocks < REFRESH_BLOCKS {
-            let Some(key) = self.refresh.pop() else { return };
-            let Some(waiting) = self.table.get(&key) else { continue };
+            let Some(key) = self.refresh.pop() else {
+                return;
+            };
+            let Some(waiting) = self.table.get(&key) else {
+                continue;
+            };
             blocks += waiting.chain.len();
             requeue(pool, &waiting.chain);
         }
     }
 
-    fn choose_fetch(&mut self, facts: PoolFacts, pool: &mut dyn GpuPool, now: Instant, findings: &mut Findings) {
+    fn choose_fetch(
+        &mut self,
+        facts: PoolFacts,
+        pool: &mut dyn GpuPool,
+        now: Instant,
+        findings: &mut Findings,
+    ) {
         let mut order: Vec<(Wish, Option<Instant>, u64)> = self
             .table
             .iter()
-            .filter(|(_, w)| matches!(w.wish, Wish::Now | Wish::WhenRoom) && w.dirty && w.asked.is_none() && !w.loading)
+            .filter(|(_, w)| {
+                matches!(w.wish, Wish::Now | Wish::WhenRoom)
+                    && w.dirty
+                    && w.asked.is_none()
+                    && !w.loading
+            })
             .map(|(key, w)| (w.wish, w.expected, *key))
             .collect();
         // `Now` before `WhenRoom`, then the nearest expected return; unknown last.
-        order.sort_by_key(|(wish, expected, key)| (*wish != Wish::Now, expected.is_none(), *expected, *key));
+        order.sort_by_key(|(wish, expected, key)| {
+            (*wish != Wish::Now, expected.is_none(), *expected, *key)
+        });
         for (wish, _, key) in order {
             if wish == Wish::WhenRoom && budget::is_busy(facts) {
                 return;
@@ -372,8 +424,16 @@ impl Watch {
     }
 
     /// Looks at one session and fills in what follows from it.
-    fn examine(&mut self, key: u64, facts: PoolFacts, (pool, now): (&mut dyn GpuPool, Instant), findings: &mut Findings) {
-        let Some(waiting) = self.table.get_mut(&key) else { return };
+    fn examine(
+        &mut self,
+        key: u64,
+        facts: PoolFacts,
+        (pool, now): (&mut dyn GpuPool, Instant),
+        findings: &mut Findings,
+    ) {
+        let Some(waiting) = self.table.get_mut(&key) else {
+            return;
+        };
         waiting.dirty = false;
         let found = pool.lookup(&waiting.chain);
         let leading = found.iter().take_while(|block| block.is_some()).count();
@@ -381,23 +441,38 @@ impl Watch {
         if leading == waiting.chain.len() {
             requeue(pool, &waiting.chain);
             waiting.answer(key, WantOutcome::Accepted, &mut findings.outcomes);
-            findings.released.extend(waiting.run.take().map(|run| run.lease));
+            findings
+                .released
+                .extend(waiting.run.take().map(|run| run.lease));
             return;
         }
-        let run = waiting.run.as_ref().filter(|run| run.is_usable(now) && run.from <= leading && leading < run.end());
+        let run = waiting
+            .run
+            .as_ref()
+            .filter(|run| run.is_usable(now) && run.from <= leading && leading < run.end());
         let Some(run) = run else {
             if waiting.gone {
                 waiting.answer(key, WantOutcome::Missing, &mut findings.outcomes);
             } else {
-                findings.ask.push((key, waiting.chain[leading..].to_vec(), leading));
+                findings
+                    .ask
+                    .push((key, waiting.chain[leading..].to_vec(), leading));
             }
             return;
         };
         let end = run.end().min(waiting.chain.len());
         let missing: Vec<usize> = (leading..end).filter(|i| found[*i].is_none()).collect();
         let resident: Vec<GpuBlock> = found[..end].iter().copied().flatten().collect();
-        let kept = pool.uses(&resident).iter().filter(|u| !u.referenced).count();
-        let demand = Demand { missing: missing.len(), kept, chunk: self.limits.chunk };
+        let kept = pool
+            .uses(&resident)
+            .iter()
+            .filter(|u| !u.referenced)
+            .count();
+        let demand = Demand {
+            missing: missing.len(),
+            kept,
+            chunk: self.limits.chunk,
+        };
         let count = match budget::admit(facts, demand) {
             Admission::Fetch(count) => count,
             Admission::Later => return waiting.defer(key, WantOutcome::Deferred, findings),
@@ -407,14 +482,22 @@ impl Watch {
         requeue(pool, &waiting.chain[..end]);
         let expected = waiting.expected;
         let count = self.spared(key, expected, pool.free_list(count));
-        let Some(waiting) = self.table.get_mut(&key) else { return };
+        let Some(waiting) = self.table.get_mut(&key) else {
+            return;
+        };
         let Some(blocks) = (count > 0).then(|| pool.take(count)).flatten() else {
             return waiting.defer(key, WantOutcome::Deferred, findings);
         };
         let room = facts.free.saturating_sub(facts.reserve + kept);
         let fetch = waiting.fetch(key, &missing[..count], blocks);
-        let whole = end == waiting.chain.len() && room >= missing.len() && count == missing.len().min(self.limits.chunk);
-        let outcome = if whole { WantOutcome::Accepted } else { WantOutcome::Clipped };
+        let whole = end == waiting.chain.len()
+            && room >= missing.len()
+            && count == missing.len().min(self.limits.chunk);
+        let outcome = if whole {
+            WantOutcome::Accepted
+        } else {
+            WantOutcome::Clipped
+        };
         waiting.answer(key, outcome, &mut findings.outcomes);
         self.news.push(waiting.news(key));
         findings.fetch = Some(fetch);
@@ -435,7 +518,8 @@ impl Watch {
                 })
         };
         let blocked = |hash: &Option<BlockHash>| {
-            hash.and_then(|hash| self.owners.get(&hash)).is_some_and(|owners| owners.iter().any(nearer))
+            hash.and_then(|hash| self.owners.get(&hash))
+                .is_some_and(|owners| owners.iter().any(nearer))
         };
         head.iter().position(blocked).unwrap_or(head.len())
     }
@@ -468,17 +552,20 @@ impl Waiting {
     }
 
     fn news(&self, key: u64) -> SessionNews {
-        let residence = if self.loading { Residence::Loading } else { self.residence };
-        SessionNews { session: key, residence, gpu_blocks: self.gpu_blocks }
+        let residence = if self.loading {
+            Residence::Loading
+        } else {
+            self.residence
+        };
+        SessionNews {
+            session: key,
+            residence,
+            gpu_blocks: self.gpu_blocks,
+        }
     }
 
     /// Reports the want's outcome, once.
-    fn answer(
-        &mut self,
-        key: u64,
-        outcome: WantOutcome,
-        outcomes: &mut Vec<OutcomeOf>,
-    ) {
+    fn answer(&mut self, key: u64, outcome: WantOutcome, outcomes: &mut Vec<OutcomeOf>) {
         if !std::mem::replace(&mut self.answered, true) {
             let moving = u32::try_from(self.pairs.len()).unwrap_or(u32::MAX);
             outcomes.push(OutcomeOf {
@@ -498,15 +585,28 @@ impl Waiting {
     }
 
     fn fetch(&mut self, session: u64, positions: &[usize], blocks: Vec<GpuBlock>) -> Fetch {
-        let slots: Vec<SlotId> =
-            positions.iter().filter_map(|i| self.run.as_ref().and_then(|run| run.slot(*i))).collect();
-        assert_eq!(slots.len(), blocks.len(), "every missing position was chosen inside the leased run");
+        let slots: Vec<SlotId> = positions
+            .iter()
+            .filter_map(|i| self.run.as_ref().and_then(|run| run.slot(*i)))
+            .collect();
+        assert_eq!(
+            slots.len(),
+            blocks.len(),
+            "every missing position was chosen inside the leased run"
+        );
         self.loading = true;
-        self.pairs = slots.iter().zip(&blocks).map(|(slot, block)| (slot.0, block.0)).collect();
+        self.pairs = slots
+            .iter()
+            .zip(&blocks)
+            .map(|(slot, block)| (slot.0, block.0))
+            .collect();
         Fetch {
             session,
             hashes: positions.iter().map(|i| self.chain[*i]).collect(),
-            positions: positions.iter().map(|i| u32::try_from(*i).unwrap_or(u32::MAX)).collect(),
+            positions: positions
+                .iter()
+                .map(|i| u32::try_from(*i).unwrap_or(u32::MAX))
+                .collect(),
             slots,
             blocks,
         }
@@ -521,7 +621,11 @@ fn refresh_blocks(total: usize) -> usize {
 fn budget_blocks(total: usize, ratio: f64) -> usize {
     let total = u32::try_from(total).unwrap_or(u32::MAX);
     // The ratio is checked to be within 0..=1 when the hooks are made.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 <= ratio <= 1, so it fits")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "0 <= ratio <= 1, so it fits"
+    )]
     let blocks = (f64::from(total) * ratio) as u32;
     usize::try_from(blocks).unwrap_or(usize::MAX)
 }

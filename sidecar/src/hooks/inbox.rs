@@ -1,0 +1,175 @@
+//! What arrives from the sidecar: a connection made or lost, answers to lookups, grants, wants.
+
+use std::time::{Duration, Instant};
+
+use kvstore::SlotId;
+
+use super::turns::{LeasedRun, Lookup};
+use super::watch::NewWant;
+use super::{Connection, SchedulerHooks};
+use crate::engine::client::Inbound;
+use crate::engine::frames::{ToEngine, ToSidecar};
+
+impl SchedulerHooks {
+    /// Takes in what has arrived.
+    pub(super) fn receive(&mut self, now: Instant) {
+        let epoch = self.link.epoch();
+        if epoch == self.seen {
+            return;
+        }
+        self.seen = epoch;
+        self.work_due = true;
+        while let Some(inbound) = self.link.receive() {
+            match inbound {
+                Inbound::Connected { boot } => self.connected(boot),
+                Inbound::Refused(reason) => {
+                    tracing::error!(reason, "the sidecar refuses this engine")
+                }
+                Inbound::Lost => self.disconnected(),
+                Inbound::Message { sequence, message } => self.message(sequence, message, now),
+            }
+        }
+    }
+
+    pub(super) fn connected(&mut self, boot: u64) {
+        let number = self.connection.number + 1;
+        self.connection = Connection {
+            number,
+            boot: Some(boot),
+            workers_ready: false,
+            fenced: false,
+        };
+        if let Some(id) = self.namespace {
+            self.send(&ToSidecar::OpenNamespace { id });
+        }
+        self.send_fenced();
+    }
+
+    /// Every lease is void now; the sidecar keeps their slots until [`ToSidecar::Fenced`] or this process is gone.
+    pub(super) fn disconnected(&mut self) {
+        self.connection.boot = None;
+        self.connection.workers_ready = false;
+        self.saves.disconnect();
+        self.watch.disconnect();
+        for turn in self.turns.iter_mut() {
+            turn.lookup = Lookup::Idle;
+            turn.session = None;
+        }
+    }
+
+    /// Tells the sidecar, once per connection, that no copy of an earlier connection runs any more.
+    pub(super) fn send_fenced(&mut self) {
+        if !self.connection.fenced && !self.jobs.any_before(self.connection.number) {
+            self.connection.fenced = self.send(&ToSidecar::Fenced).is_some();
+        }
+    }
+
+    fn message(&mut self, sequence: u64, message: ToEngine, now: Instant) {
+        match message {
+            ToEngine::Workers { ready } => self.connection.workers_ready = ready,
+            ToEngine::Match {
+                turn,
+                for_session,
+                session,
+                lease,
+                slots,
+                ttl_ms,
+            } => {
+                let slots = slots.into_iter().map(SlotId).collect();
+                let expires = now + millis(ttl_ms);
+                let run = lease.map(|lease| LeasedRun {
+                    lease,
+                    from: 0,
+                    slots,
+                    expires,
+                });
+                if for_session {
+                    let released = self.watch.found(turn, sequence, run);
+                    self.release(released.as_slice());
+                } else {
+                    self.matched(sequence, (turn, session), run);
+                }
+            }
+            ToEngine::Reserved {
+                lease,
+                slots,
+                ttl_ms,
+            } => {
+                if !self
+                    .saves
+                    .answered(sequence, lease, &slots, now + millis(ttl_ms))
+                    && let Some(lease) = lease
+                {
+                    self.send(&ToSidecar::Settle {
+                        lease,
+                        commit: false,
+                    });
+                }
+            }
+            ToEngine::Want {
+                session,
+                want,
+                wish,
+                expected_ms,
+                hold_ms,
+                hashes,
+                lease,
+                slots,
+                ttl_ms,
+            } => {
+                let slots = slots.into_iter().map(SlotId).collect();
+                let expires = now + millis(ttl_ms);
+                let new = NewWant {
+                    want,
+                    wish,
+                    expected: expected_ms.map(|ms| now + millis(ms)),
+                    hold_until: now + millis(hold_ms),
+                    chain: hashes.0,
+                    lease: lease.map(|lease| LeasedRun {
+                        lease,
+                        from: 0,
+                        slots,
+                        expires,
+                    }),
+                };
+                let released = self.watch.want(session, new);
+                self.release(&released);
+            }
+            ToEngine::Welcome { .. } | ToEngine::Refused { .. } => {
+                tracing::warn!("a second welcome from the sidecar is ignored");
+            }
+        }
+    }
+
+    /// The answer to a request's lookup; a late one gives its lease back.
+    fn matched(&mut self, sequence: u64, (ticket, session): (u64, u64), run: Option<LeasedRun>) {
+        let Some(turn) = self.turns.by_ticket_mut(ticket) else {
+            return self.release(run.map(|run| run.lease).as_slice());
+        };
+        if turn.session.is_none() {
+            turn.session = Some(session);
+            let (fetched, late) = self.watch.turn_begins(session);
+            turn.prefetched = fetched;
+            self.figures.prefetch_late += u64::try_from(late).unwrap_or(u64::MAX);
+        }
+        let late = match turn.lookup {
+            Lookup::Waiting {
+                sequence: waiting,
+                from,
+                ..
+            } if waiting == sequence => {
+                turn.lookup = match run {
+                    Some(run) => Lookup::Ready(LeasedRun { from, ..run }),
+                    None => Lookup::Nothing { from },
+                };
+                None
+            }
+            _ => run,
+        };
+        self.release(late.map(|run| run.lease).as_slice());
+    }
+}
+
+fn millis(ms: u32) -> Duration {
+    Duration::from_millis(u64::from(ms))
+}
