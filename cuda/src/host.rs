@@ -317,3 +317,102 @@ impl SwitchState {
         Some(self.faults.swap_remove(index).0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conformance::{EngineFactory, PoolShape, RegionShape, Rig};
+    use crate::testkit::{HostFactory, arena};
+
+    /// An engine over one block of 16 bytes, a batch for it, and the switch.
+    fn setup() -> (Rig, CopyBatch, HostSwitch) {
+        let factory = HostFactory::default();
+        let mut rig = factory.build(&PoolShape {
+            bytes: 16,
+            regions: vec![RegionShape {
+                offset: 0,
+                block_stride: 16,
+                block_bytes: 16,
+            }],
+            blocks: 1,
+        });
+        rig.engine
+            .attach(ArenaId(1), &arena(4096))
+            .expect("attached");
+        let range = |n| CopyRange {
+            arena_offset: 8 * n,
+            device: rig.pool.regions()[0].base + 8 * n,
+            bytes: 8,
+        };
+        let batch = CopyBatch {
+            direction: Direction::HostToDevice,
+            arena: ArenaId(1),
+            ranges: vec![range(0), range(1)],
+            after: ComputeMark::NONE,
+        };
+        (rig, batch, factory.switch)
+    }
+
+    #[test]
+    fn newest_first_turns_completions_around() {
+        let (mut rig, batch, switch) = setup();
+        switch.newest_first();
+        let first = rig.engine.submit(&batch).expect("accepted");
+        let second = rig.engine.submit(&batch).expect("accepted");
+        assert_eq!(rig.engine.poll(first), Poll::Pending);
+        assert_eq!(rig.engine.poll(second), Poll::Done);
+        assert_eq!(rig.engine.poll(first), Poll::Done);
+    }
+
+    #[test]
+    fn held_copies_pass_step_by_step() {
+        let (mut rig, batch, switch) = setup();
+        switch.hold();
+        let tickets: Vec<_> = (0..3).map(|_| rig.engine.submit(&batch)).collect();
+        let tickets: Vec<_> = tickets
+            .into_iter()
+            .map(|it| it.expect("accepted"))
+            .collect();
+        assert_eq!(rig.engine.poll(tickets[0]), Poll::Pending);
+        switch.step();
+        assert_eq!(rig.engine.poll(tickets[0]), Poll::Done);
+        assert_eq!(rig.engine.poll(tickets[1]), Poll::Pending);
+        switch.release();
+        assert_eq!(rig.engine.poll(tickets[1]), Poll::Done);
+        assert_eq!(rig.engine.poll(tickets[2]), Poll::Done);
+        assert_eq!(switch.submits(), 3);
+    }
+
+    #[test]
+    fn a_failed_copy_leaves_half_a_batch() {
+        let (mut rig, batch, switch) = setup();
+        rig.memory.write(0, &[9; 16]);
+        switch.inject(Fault::CopyFails, 2);
+        for expected in [Poll::Done, Poll::Failed(INJECTED), Poll::Done] {
+            rig.memory.write(0, &[9; 16]);
+            let ticket = rig.engine.submit(&batch).expect("accepted");
+            assert_eq!(rig.engine.poll(ticket), expected);
+            let mut bytes = [0; 16];
+            rig.memory.read(0, &mut bytes);
+            let copied = bytes.iter().filter(|byte| **byte == 0).count();
+            assert_eq!(copied, if expected == Poll::Done { 16 } else { 8 });
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "polled a ticket that has ended")]
+    fn polling_after_the_end_is_a_programmer_error() {
+        let (mut rig, batch, _) = setup();
+        let ticket = rig.engine.submit(&batch).expect("accepted");
+        assert_eq!(rig.engine.poll(ticket), Poll::Done);
+        assert_eq!(rig.engine.poll(ticket), Poll::Done);
+    }
+
+    #[test]
+    #[should_panic(expected = "detached with copies outstanding")]
+    fn detaching_under_a_copy_is_a_programmer_error() {
+        let (mut rig, batch, _) = setup();
+        assert!(rig.engine.submit(&batch).is_ok());
+        rig.engine.detach(ArenaId(1));
+    }
+}
