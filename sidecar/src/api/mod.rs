@@ -370,3 +370,49 @@ async fn compat_pin(State(api): Shared, body: Bytes) -> Result<Json<CompatPinAns
         results: parts.results,
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::actor;
+    use crate::config::memory::Memory;
+    use crate::config::{Config, Machine, Settings};
+    use axum::http::StatusCode;
+    use tower_service::Service;
+
+    async fn call(router: &Router, method: Method, path: &str) -> Response {
+        let request = Request::builder().method(method).uri(path);
+        let request = request.body(Body::from("{}")).unwrap();
+        router.clone().call(request).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_draining_sidecar_says_so_and_still_shows_its_metrics() {
+        let memory = Memory {
+            machine_free: 4 << 20,
+            cgroup: None,
+            huge_total: 0,
+            huge_free: 0,
+        };
+        let socket = "unused".into();
+        let config = Config::resolve(Settings::default(), &Machine { memory, socket }).unwrap();
+        let handle = actor::start(&config, 1, Arc::new(Metrics::new()));
+        let router = routes(handle.clone(), None, ApiLimits::default());
+        assert_eq!(
+            call(&router, Method::GET, "/healthz").await.status(),
+            StatusCode::OK
+        );
+        handle.drain(Duration::ZERO).await;
+        for path in ["/healthz", "/v1/status", "/v1/sessions/a", "/nowhere"] {
+            let answer = call(&router, Method::GET, path).await;
+            assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE, "{path}");
+            assert_eq!(answer.headers()[header::RETRY_AFTER], "1", "{path}");
+        }
+        let event = call(&router, Method::POST, "/v1/sessions/a/tool_start").await;
+        assert_eq!(event.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(
+            call(&router, Method::GET, "/metrics").await.status(),
+            StatusCode::OK
+        );
+    }
+}

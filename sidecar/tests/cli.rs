@@ -1,0 +1,270 @@
+//! The `greenroom` command as a process: what it prints, how it ends, and with which exit code.
+#![cfg(feature = "server")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+fn greenroom(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_greenroom"));
+    command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn code(output: &Output) -> Option<i32> {
+    output.status.code()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// A running `greenroom serve`; killed when dropped.
+struct Serving {
+    process: Child,
+    /// Kept open: a closed pipe would make the log fail.
+    log: BufReader<ChildStderr>,
+    folder: tempfile::TempDir,
+}
+
+impl Serving {
+    fn start(more: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("s");
+        let mut process = Command::new(env!("CARGO_BIN_EXE_greenroom"))
+            .args(["serve", "--memory", "1MiB", "--socket"])
+            .arg(&socket)
+            .args(more)
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut log = BufReader::new(process.stderr.take().unwrap());
+        let mut said = String::new();
+        while !said.contains("serving") {
+            assert_ne!(log.read_line(&mut said).unwrap(), 0, "it ended: {said}");
+        }
+        Self {
+            process,
+            log,
+            folder,
+        }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("s")
+    }
+
+    /// The exit code once the process has ended of itself.
+    fn ended(mut self) -> (Option<i32>, bool) {
+        let mut rest = String::new();
+        while self.log.read_line(&mut rest).unwrap() > 0 {}
+        let code = self.process.wait().unwrap().code();
+        (code, self.socket().exists())
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(i32::try_from(self.process.id()).unwrap()).unwrap();
+        kill_process(pid, signal).unwrap();
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // Already ended is as good.
+        drop(self.process.kill());
+        drop(self.process.wait());
+    }
+}
+
+/// An address that was free a moment ago.
+fn free_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().to_string()
+}
+
+#[test]
+fn a_sidecar_is_asked_told_and_stopped() {
+    let address = free_address();
+    let serving = Serving::start(&["--listen", &address]);
+    let url = format!("http://{address}");
+    let ask = |arguments: &[&str]| greenroom(&[arguments, &["--url", &url]].concat());
+
+    let status = ask(&["status", "--json"]);
+    let json: Value = serde_json::from_str(&stdout(&status)).unwrap();
+    assert_eq!(json["tiers"]["host"]["arena_bytes"], 1 << 20);
+    let status = ask(&["status"]);
+    assert!(
+        stdout(&status).contains("no engine is connected"),
+        "{status:?}"
+    );
+
+    assert_eq!(stdout(&ask(&["sessions"])), "no sessions\n");
+    let told = greenroom(&[
+        "hint",
+        "--url",
+        &url,
+        "agent 7",
+        "tool-start",
+        "bash",
+        "--eta",
+        "90s",
+    ]);
+    assert_eq!(
+        (code(&told), stdout(&told).as_str()),
+        (Some(0), "ok\n"),
+        "{told:?}"
+    );
+    let sessions = ask(&["sessions"]);
+    assert!(stdout(&sessions).contains("agent 7"), "{sessions:?}");
+    let sessions: Value = serde_json::from_str(&stdout(&ask(&["sessions", "--json"]))).unwrap();
+    assert_eq!(sessions["sessions"][0]["tool"], "bash");
+
+    let missing = greenroom(&["hint", "--url", &url, "nobody", "retain"]);
+    assert_eq!(code(&missing), Some(1));
+    assert!(stderr(&missing).contains("missing"), "{missing:?}");
+    let wrong = greenroom(&["hint", "--url", &url, "nobody", "tool-end"]);
+    assert_eq!(code(&wrong), Some(1));
+    assert!(stderr(&wrong).contains("unknown_session"), "{wrong:?}");
+
+    serving.signal(Signal::TERM);
+    assert_eq!(
+        serving.ended(),
+        (Some(0), false),
+        "drained, and the socket is gone"
+    );
+    assert_eq!(code(&ask(&["status"])), Some(1));
+}
+
+#[test]
+fn an_interrupt_drains_too() {
+    let serving = Serving::start(&["--listen", "none"]);
+    serving.signal(Signal::INT);
+    assert_eq!(serving.ended(), (Some(0), false));
+}
+
+#[test]
+fn a_private_sidecar_ends_with_its_parents_pipe_and_has_no_http() {
+    let address = free_address();
+    let mut serving = Serving::start(&["--until-stdin-closes"]);
+    let none = greenroom(&["status", "--url", &format!("http://{address}")]);
+    assert_eq!(code(&none), Some(1));
+    drop(serving.process.stdin.take());
+    assert_eq!(serving.ended(), (Some(0), false));
+}
+
+#[test]
+fn a_second_sidecar_on_the_same_socket_is_refused_and_the_first_lives_on() {
+    let first = Serving::start(&["--listen", "none"]);
+    let socket = first.socket();
+    let second = greenroom(&[
+        "serve",
+        "--memory",
+        "1MiB",
+        "--listen",
+        "none",
+        "--socket",
+        socket.to_str().unwrap(),
+    ]);
+    assert_eq!(code(&second), Some(1));
+    assert!(stderr(&second).contains("already serves"), "{second:?}");
+    first.signal(Signal::TERM);
+    assert_eq!(first.ended(), (Some(0), false));
+}
+
+#[test]
+fn a_token_is_read_from_its_file_on_both_sides() {
+    let folder = tempfile::tempdir().unwrap();
+    let token = folder.path().join("token");
+    std::fs::write(&token, "open-sesame\n").unwrap();
+    let token = token.to_str().unwrap();
+    let address = free_address();
+    let serving = Serving::start(&["--listen", &address, "--token-file", token]);
+    let url = format!("http://{address}");
+    let refused = greenroom(&["status", "--url", &url]);
+    assert_eq!(code(&refused), Some(1));
+    assert!(stderr(&refused).contains("unauthorized"), "{refused:?}");
+    let allowed = greenroom(&["status", "--url", &url, "--token-file", token]);
+    assert_eq!(code(&allowed), Some(0), "{allowed:?}");
+    let missing = greenroom(&["serve", "--listen", &address, "--token-file", "/nowhere"]);
+    assert_eq!(code(&missing), Some(2), "{missing:?}");
+    drop(serving);
+}
+
+#[test]
+fn wrong_usage_and_wrong_config_end_with_2_and_name_what_is_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("greenroom.toml");
+    std::fs::write(&file, "memroy = \"1GiB\"\n").unwrap();
+    let config = file.to_str().unwrap();
+    for (arguments, telling) in [
+        (&["serve", "--config", config][..], "memroy"),
+        (&["doctor", "--config", config], "memroy"),
+        (&["serve", "--memory", "1000000GiB"], "does not fit"),
+        (&["serve", "--listen", "0.0.0.0:0"], "--token-file"),
+        (&["serve", "--nonsense"], "--nonsense"),
+        (&["nonsense"], "nonsense"),
+        (&["hint", "s", "tool-start"], "<TOOL>"),
+    ] {
+        let output = greenroom(arguments);
+        assert_eq!(code(&output), Some(2), "{arguments:?}: {output:?}");
+        assert!(
+            stderr(&output).contains(telling),
+            "{arguments:?}: {output:?}"
+        );
+    }
+}
+
+#[test]
+fn the_doctor_tells_scripts_what_it_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket: &Path = &folder.path().join("s");
+    let socket = socket.to_str().unwrap();
+    let output = greenroom(&[
+        "doctor", "--json", "--memory", "1MiB", "--listen", "none", "--socket", socket,
+    ]);
+    assert_eq!(code(&output), Some(0), "{output:?}");
+    let report: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    let areas: Vec<&str> = report["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|f| f["area"].as_str().unwrap())
+        .collect();
+    for area in [
+        "driver",
+        "memory",
+        "huge pages",
+        "runtime folder",
+        "socket",
+        "python",
+    ] {
+        assert!(areas.contains(&area), "{area} is not in {areas:?}");
+    }
+    let too_much = greenroom(&[
+        "doctor",
+        "--memory",
+        "1000000GiB",
+        "--listen",
+        "none",
+        "--socket",
+        socket,
+    ]);
+    assert_eq!(code(&too_much), Some(1));
+    assert!(
+        stdout(&too_much).contains("PROBLEM  memory"),
+        "{too_much:?}"
+    );
+}
