@@ -339,7 +339,7 @@ mod tests {
         rig.engine
             .attach(ArenaId(1), &arena(4096))
             .expect("attached");
-        let range = |n| CopyRange {
+        let range = |n: u64| CopyRange {
             arena_offset: 8 * n,
             device: rig.pool.regions()[0].base + 8 * n,
             bytes: 8,
