@@ -5,13 +5,13 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use kvstore::{Geometry, LeaseId, Namespace, NamespaceId, Owner, Term};
-use tokio::sync::mpsc;
 
 use super::{Actor, count, to_ms};
 use crate::commands::{CommandError, EngineView, SessionName};
 use crate::engine::frames::{
     CopyClass, Figures, Hashes, Hello, Hook, Role, ToEngine, ToSidecar, encode,
 };
+use crate::engine::server::Outbox;
 use crate::metrics::{self, CopyCause, CopyDirection, PrefetchEnd};
 use crate::planner::sessions::{EngineKey, SessionKey};
 
@@ -37,13 +37,13 @@ pub struct Admitted {
 
 struct Worker {
     connection: ConnectionId,
-    outbox: mpsc::Sender<Vec<u8>>,
+    outbox: Outbox,
     ready: bool,
 }
 
 struct Scheduler {
     connection: ConnectionId,
-    outbox: mpsc::Sender<Vec<u8>>,
+    outbox: Outbox,
     /// Owner of this connection's leases.
     owner: Owner,
     namespace: Option<Namespace>,
@@ -130,8 +130,7 @@ impl Engines {
             .find_map(|engine| engine.requests.get(request).copied())
     }
 
-    /// Sends to an engine's scheduler side. An engine that does not keep up is disconnected: its outbox is closed, and
-    /// the connection's task reports the loss.
+    /// Sends to an engine's scheduler side.
     pub(super) fn send(&mut self, key: EngineKey, sequence: u64, message: &ToEngine) {
         let Some(scheduler) = self
             .table
@@ -141,12 +140,7 @@ impl Engines {
             return;
         };
         match encode(sequence, message) {
-            Ok(frame) => {
-                if scheduler.outbox.try_send(frame).is_err() {
-                    tracing::warn!("an engine does not read its messages: disconnected");
-                    (scheduler.outbox, _) = mpsc::channel(1);
-                }
-            }
+            Ok(frame) => scheduler.outbox.send(frame),
             Err(error) => tracing::error!(%error, "message to an engine not sent"),
         }
     }
@@ -182,7 +176,7 @@ impl Actor {
         &mut self,
         connection: ConnectionId,
         hello: &Hello,
-        outbox: mpsc::Sender<Vec<u8>>,
+        outbox: Outbox,
         process: u32,
     ) -> Result<Admitted, String> {
         let geometry = Geometry {
@@ -478,7 +472,7 @@ impl Actor {
                 self.workers_changed(&id);
             }
             // Workers may say nothing else: whoever does is cut off.
-            (_, Some(worker)) => (worker.outbox, _) = mpsc::channel(1),
+            (_, Some(worker)) => worker.outbox.cut_off(),
             (_, None) => {}
         }
     }

@@ -25,6 +25,7 @@ use self::hints::Hints;
 use crate::commands::{CommandError, EngineView, SessionName, SessionView, StatusView};
 use crate::config::Config;
 use crate::engine::frames::{Hello, ToEngine, ToSidecar, Wish};
+use crate::engine::server::Outbox;
 use crate::metrics::{EvictReason, Metrics, SlotState};
 use crate::planner::sessions::{Session, SessionKey, Sessions};
 
@@ -62,7 +63,7 @@ pub enum Event {
         /// What it says of itself.
         hello: Hello,
         /// Frames to it.
-        outbox: mpsc::Sender<Vec<u8>>,
+        outbox: Outbox,
         /// The process behind it.
         process: u32,
         /// Admitted, or why not.

@@ -6,13 +6,14 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use kvstore::ArenaFile;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 use super::frames::{HEADER_BYTES, Header, Role, ToEngine, ToSidecar, decode, encode};
 use super::socket::{invalid, send_with_descriptor};
@@ -24,6 +25,8 @@ const CONNECTIONS_MAX: usize = 256;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// Frames that may wait for an engine to read them.
 const OUTBOX_FRAMES: usize = 4096;
+/// Bytes of such frames.
+const OUTBOX_BYTES: usize = 32 << 20;
 
 /// Accepts engines until the future is dropped.
 ///
@@ -89,7 +92,7 @@ async fn serve(
             "the first message was no hello",
         ));
     };
-    let (outbox, frames) = mpsc::channel(OUTBOX_FRAMES);
+    let (outbox, frames, cut) = outbox();
     let (reply, admitted) = oneshot::channel();
     let role = hello.role;
     actor
@@ -125,7 +128,11 @@ async fn serve(
     }
     let writing = tokio::spawn(write(writer, frames));
     let ended = loop {
-        match read(&mut reader).await {
+        let message = tokio::select! {
+            message = read(&mut reader) => message,
+            () = cut.notified() => break Err(io::Error::other("cut off: it does not read, or says what it may not")),
+        };
+        match message {
             Ok((sequence, message)) => {
                 actor
                     .deliver(Event::Message {
@@ -200,9 +207,52 @@ async fn welcome(
     Ok(())
 }
 
+/// The actor's end of a connection: frames to it, and the means to end it.
+#[derive(Clone)]
+pub struct Outbox {
+    frames: mpsc::Sender<Vec<u8>>,
+    /// Bytes in the queue.
+    queued: Arc<AtomicUsize>,
+    cut: Arc<Notify>,
+}
+
+/// The connection's end of an [`Outbox`].
+struct Inlet {
+    frames: mpsc::Receiver<Vec<u8>>,
+    queued: Arc<AtomicUsize>,
+}
+
+fn outbox() -> (Outbox, Inlet, Arc<Notify>) {
+    let (sender, frames) = mpsc::channel(OUTBOX_FRAMES);
+    let (queued, cut) = (Arc::<AtomicUsize>::default(), Arc::new(Notify::new()));
+    let outbox = Outbox {
+        frames: sender,
+        queued: queued.clone(),
+        cut: cut.clone(),
+    };
+    (outbox, Inlet { frames, queued }, cut)
+}
+
+impl Outbox {
+    /// Queues a frame. A peer that lets the queue fill up is cut off: its engine connects anew and starts clean.
+    pub fn send(&self, frame: Vec<u8>) {
+        let bytes = frame.len();
+        let queued = self.queued.fetch_add(bytes, Ordering::Relaxed);
+        if queued + bytes > OUTBOX_BYTES || self.frames.try_send(frame).is_err() {
+            self.cut_off();
+        }
+    }
+
+    /// Ends the connection, whatever its tasks are waiting for.
+    pub fn cut_off(&self) {
+        self.cut.notify_one();
+    }
+}
+
 /// Writes frames until the outbox is closed; then the connection is shut down, which the reader sees.
-async fn write(mut writer: OwnedWriteHalf, mut frames: mpsc::Receiver<Vec<u8>>) {
-    while let Some(frame) = frames.recv().await {
+async fn write(mut writer: OwnedWriteHalf, mut inlet: Inlet) {
+    while let Some(frame) = inlet.frames.recv().await {
+        inlet.queued.fetch_sub(frame.len(), Ordering::Relaxed);
         if writer.write_all(&frame).await.is_err() {
             break;
         }
