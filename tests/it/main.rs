@@ -1,4 +1,5 @@
 //! Tests across the crates: the HTTP API over real connections, the scheduler hooks against a real sidecar.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod api;
 mod engine_socket;
