@@ -265,7 +265,7 @@ fn child_worker() {
 }
 
 fn spawn_worker(sidecar: &Sidecar) -> Child {
-    let child = Command::new(std::env::current_exe().unwrap())
+    Command::new(std::env::current_exe().unwrap())
         .args([
             "--exact",
             "engine_socket::child_worker",
@@ -276,8 +276,7 @@ fn spawn_worker(sidecar: &Sidecar) -> Child {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
-        .unwrap();
-    child
+        .unwrap()
 }
 
 #[test]

@@ -2,7 +2,10 @@
 //!
 //! The engine drives the real hooks, link, protocol, store and copy thread; only the model is made up: the bytes of a
 //! block follow from its hash, so that a block with wrong bytes is seen at once.
-#![allow(clippy::unwrap_used, reason = "test support: a panic is how a test fails")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "test support: a panic is how a test fails"
+)]
 #![allow(missing_docs, reason = "not a library for others")]
 
 pub mod engine;
