@@ -117,7 +117,7 @@ class Greenroom:
 
         def ready() -> bool:
             session = self._rig.sidecar.session(agent)
-            return session is not None and session["blocks"]["gpu"] >= self._plan.full_blocks()
+            return session is not None and session["state"] == "ready"
 
         # If it never gets ready, the request has to load and the sample is counted as invalid.
         with contextlib.suppress(TimeoutError):
