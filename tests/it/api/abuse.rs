@@ -254,7 +254,11 @@ fn requests_follow_each_other_on_one_connection_also_after_an_error() {
 
 #[test]
 fn idle_connections_do_not_hold_up_the_shutdown() {
-    let sidecar = Sidecar::start();
+    let mut limits = ApiLimits::default();
+    // The shutdown must not come from running out of patience.
+    limits.connections.drain_timeout = Duration::from_secs(86_400);
+    limits.connections.head_timeout = Duration::from_secs(86_400);
+    let sidecar = Sidecar::start_with(limits, None);
     let mut idle = sidecar.connect();
     idle.write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
         .unwrap();
