@@ -117,6 +117,14 @@ class Sidecar:
 
 
 @dataclasses.dataclass(frozen=True)
+class Connector:
+    """The class that vLLM is told to use. Without a module vLLM finds it through Greenroom's plugin entry point."""
+
+    name: str = "GreenroomConnector"
+    module: str | None = "greenroom.vllm"
+
+
+@dataclasses.dataclass(frozen=True)
 class VllmConfig:
     """What distinguishes one engine from another; hashable, so that tests can share engines by it."""
 
@@ -129,13 +137,16 @@ class VllmConfig:
     dev_mode: bool = True
     args: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
+    connector: Connector = Connector()
+    """Of an engine with Greenroom: for tests that look over its shoulder."""
 
 
-def greenroom_transfer_config(**extra: Any) -> dict[str, Any]:
+def greenroom_transfer_config(connector: Connector = Connector(), **extra: Any) -> dict[str, Any]:
     """The value of `--kv-transfer-config`, as the README gives it."""
+    module = {} if connector.module is None else {"kv_connector_module_path": connector.module}
     return {
-        "kv_connector": "GreenroomConnector",
-        "kv_connector_module_path": "greenroom.vllm",
+        "kv_connector": connector.name,
+        **module,
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": extra,
@@ -183,6 +194,9 @@ class VllmServer:
         ]
         command += ["--block-size", str(config.block_size), "--num-gpu-blocks-override", str(config.gpu_blocks)]
         command += ["--max-model-len", str(config.max_model_len), "--max-num-seqs", str(config.max_num_seqs)]
+        if config.model in PRESETS:
+            # vLLM's own choice for a float32 model is bfloat16, whose noise changes tokens.
+            command += ["--dtype", PRESETS[config.model].dtype]
         if self._transfer is not None:
             command += ["--kv-transfer-config", json.dumps(self._transfer)]
         return command + list(config.args)
@@ -277,7 +291,7 @@ class Rig:
 def rig(config: VllmConfig, memory: str = "1GiB", say: Say = silent, name: str = "vllm", **extra: Any) -> Iterator[Rig]:
     """A sidecar of its own and a vLLM that uses it. `extra` goes into the connector's configuration."""
     with Sidecar(memory) as sidecar:
-        transfer = greenroom_transfer_config(socket=str(sidecar.socket), **extra)
+        transfer = greenroom_transfer_config(config.connector, socket=str(sidecar.socket), **extra)
         with contextlib.ExitStack() as stack:
             vllm = VllmServer(config, transfer, name)
             stack.push(vllm.__exit__)

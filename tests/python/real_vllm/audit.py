@@ -1,0 +1,187 @@
+"""Reads what `auditing` wrote, and judges it: a block that came back has the bytes that were saved under its hash."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Slot = tuple[int, int]
+"""(boot id of the sidecar, slot)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What a slot holds."""
+
+    block_hash: str
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A block that came back."""
+
+    at: float
+    kind: str
+    block_hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A request as vLLM's scheduler saw it. `end` is None while it runs."""
+
+    request_id: str
+    start: float
+    end: float | None
+    hashes: list[str]
+    """Full blocks of its prompt."""
+
+
+@dataclasses.dataclass
+class Audit:
+    """The verdict. `problems` says in words what is wrong."""
+
+    loads: list[Loaded] = dataclasses.field(default_factory=list)
+    saved_blocks: int = 0
+    failed_jobs: dict[str, int] = dataclasses.field(default_factory=dict)
+    turns: dict[str, Turn] = dataclasses.field(default_factory=dict)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    spans: dict[tuple[str, int], tuple[float, float]] = dataclasses.field(default_factory=dict)
+    """When each job of each engine was planned and when it was reported: never, if the engine died first."""
+
+    def turn(self, name: str) -> Turn:
+        """The only request whose id contains `name` between dashes, as vLLM makes it of `X-Request-Id`."""
+        found = [turn for turn in self.turns.values() if f"-{name}-" in f"-{turn.request_id}-"]
+        assert len(found) == 1, f"{len(found)} requests are called {name}"
+        return found[0]
+
+    def running(self, at: float | None = None) -> int:
+        """Jobs that had been planned and not been reported at that time, or up to now."""
+        return sum(end == math.inf if at is None else start <= at < end for start, end in self.spans.values())
+
+    def count(self, kind: str) -> int:
+        """Blocks that loads of this kind brought back."""
+        return sum(load.kind == kind for load in self.loads)
+
+
+@dataclasses.dataclass
+class _Job:
+    """A copy job, as far as it has been told."""
+
+    kind: str
+    slots: list[Slot]
+    hashes: list[str] | None
+    digests: list[str] | None = None
+    found: list[Saved | None] = dataclasses.field(default_factory=list)
+    """What the slots held when a load ended."""
+
+
+class _Judge:
+    def __init__(self) -> None:
+        self.audit = Audit()
+        self.jobs: dict[tuple[str, int], _Job] = {}
+        self.content: dict[Slot, Saved] = {}
+
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Records come in the order in which they were written; whatever depends on another is written after it."""
+        event, at = record["event"], record["at"]
+        name = (record["engine"], record.get("job", -1))
+        if event == "request":
+            turn = Turn(record["id"], at, None, record["hashes"])
+            self.audit.turns[turn.request_id] = turn
+        elif event == "finished":
+            turn = self.audit.turns[record["id"]]
+            self.audit.turns[turn.request_id] = dataclasses.replace(turn, end=at)
+        elif event == "planned":
+            slots = [(record["boot"], slot) for slot in record["slots"]]
+            self.audit.spans[name] = (at, math.inf)
+            self.jobs[name] = _Job(record["kind"], slots, record["hashes"])
+            if record["kind"] == "save":
+                for slot in slots:
+                    # From here on nobody may read it.
+                    self.content.pop(slot, None)
+        elif event == "saving":
+            self.jobs[name].digests = record["digests"]
+        elif event == "ended":
+            self._ended(name, at, record["ok"], record["digests"])
+        elif event == "published":
+            self._published(name, at, record["hashes"])
+
+    def _ended(self, name: tuple[str, int], at: float, ok: bool, digests: list[str] | None) -> None:
+        job = self.jobs[name]
+        self.audit.spans[name] = (self.audit.spans[name][0], at)
+        if job.kind != "prefetch" or not ok:
+            # A prefetch that ended well is published afterwards.
+            del self.jobs[name]
+        if not ok:
+            self.audit.failed_jobs[job.kind] = self.audit.failed_jobs.get(job.kind, 0) + 1
+        elif job.kind == "save":
+            assert job.hashes is not None
+            if job.digests is None:
+                self.audit.problems.append(f"save {name} ended and never started")
+                return
+            for slot, block_hash, digest in zip(job.slots, job.hashes, job.digests, strict=True):
+                self.content[slot] = Saved(block_hash, digest)
+            self.audit.saved_blocks += len(job.slots)
+        else:
+            assert digests is not None
+            job.found = [self.content.get(slot) for slot in job.slots]
+            for slot, digest, found in zip(job.slots, digests, job.found, strict=True):
+                if found is None:
+                    self.audit.problems.append(f"{job.kind} {name} read {slot}, which holds no finished save")
+                elif found.digest != digest:
+                    self.audit.problems.append(
+                        f"{job.kind} {name} brought {digest} of {slot}, "
+                        f"where {found.digest} was saved as {found.block_hash}"
+                    )
+            if job.hashes is not None:
+                self._named(name, job, at, job.hashes)
+
+    def _published(self, name: tuple[str, int], at: float, hashes: list[str]) -> None:
+        job = self.jobs.pop(name, None)
+        if job is None or not job.found:
+            self.audit.problems.append(f"prefetch {name} was published and has not ended well")
+        else:
+            self._named(name, job, at, hashes)
+
+    def _named(self, name: tuple[str, int], job: _Job, at: float, hashes: list[str]) -> None:
+        """A load's blocks go by these hashes now."""
+        for slot, block_hash, found in zip(job.slots, hashes, job.found, strict=True):
+            if found is not None and found.block_hash != block_hash:
+                self.audit.problems.append(
+                    f"{job.kind} {name} took {slot} for {block_hash}, and {found.block_hash} was saved there"
+                )
+            self.audit.loads.append(Loaded(at, job.kind, block_hash))
+
+
+def judge(records: Iterable[Mapping[str, Any]]) -> Audit:
+    """Goes through a whole log."""
+    judging = _Judge()
+    for record in records:
+        judging.take(record)
+    return judging.audit
+
+
+class Follower:
+    """A log that is still being written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._judge = _Judge()
+
+    def audit(self) -> Audit:
+        """The verdict up to now. A line that is not complete yet is left for the next time."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                new = file.read()
+            new = new[: new.rfind(b"\n") + 1]
+            self._offset += len(new)
+            for line in new.splitlines():
+                self._judge.take(json.loads(line))
+        return self._judge.audit

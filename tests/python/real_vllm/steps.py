@@ -1,0 +1,75 @@
+"""What several tests do: a turn that is saved, a pool that is taken by others, an agent whose KV comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from real_vllm.rigs import PLAIN
+from support.completions import Ask, Completion
+from support.engines import Engines
+from support.flood import flood, prompt
+from support.process import wait_until
+from support.servers import Rig, Sidecar, VllmServer
+
+BLOCK = 32
+SAVED_S = 30
+READY_S = 30
+CONNECTED_S = 30
+
+
+def tokens_of(blocks: int) -> int:
+    """So many blocks and a little more: the last token is never at a block's end."""
+    return blocks * BLOCK + 5
+
+
+def agent(name: str, blocks: int, seed: int = 0, **more: Any) -> Ask:
+    """A turn of a session that nobody else shares a block with."""
+    return Ask(prompt(name, tokens_of(blocks), seed), session=name, **more)
+
+
+def right(engines: Engines, *asks: Ask) -> list[list[int]]:
+    """What plain vLLM answers to these prompts."""
+    plain = engines.plain(PLAIN)
+    return [plain.ask(Ask(ask.prompt, ask.max_tokens)).tokens for ask in asks]
+
+
+def blocks_on(sidecar: Sidecar, session: str, tier: str) -> int:
+    """Leading blocks of the session there: `gpu`, as far as its engine has told, or `host`."""
+    known = sidecar.session(session)
+    return 0 if known is None else int(known["blocks"][tier])
+
+
+def wait_saved(rig: Rig, session: str, blocks: int) -> None:
+    wait_until(f"saving {session}", lambda: blocks_on(rig.sidecar, session, "host") >= blocks, SAVED_S)
+
+
+def wait_back(rig: Rig, session: str, blocks: int) -> None:
+    wait_until(f"{session} back on the GPU", lambda: blocks_on(rig.sidecar, session, "gpu") >= blocks, READY_S)
+
+
+def wait_connected(sidecar: Sidecar, workers: int = 1) -> None:
+    """An engine is there, and all of its workers have the arena."""
+
+    def connected() -> bool:
+        engines = sidecar.get("/v1/status")["engines"]
+        return len(engines) == 1 and engines[0]["workers"] == workers
+
+    wait_until("the engine's connection", connected, CONNECTED_S)
+
+
+def first_turn(rig: Rig, ask: Ask) -> Completion:
+    """A turn whose full blocks are in the arena when this returns."""
+    answer = rig.vllm.ask(ask)
+    assert ask.session is not None
+    wait_saved(rig, ask.session, len(ask.prompt) // BLOCK)
+    return answer
+
+
+def evict(rig: Rig, name: str) -> None:
+    """Others take the whole pool."""
+    flood(rig.vllm, 3, name)
+
+
+def loaded(server: VllmServer) -> int:
+    """Tokens that requests themselves had to load, by vLLM's count."""
+    return int(server.metrics().sum("vllm:external_prefix_cache_hits_total"))

@@ -1,0 +1,46 @@
+"""vLLM 0.26.0, the oldest release that Greenroom supports: saves, evicts, reloads with and without a hint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from real_vllm import steps
+from support.completions import Ask
+from support.engines import Engines
+from support.flood import prompt
+from support.servers import VllmConfig
+
+OLD = VllmConfig(version="0.26", gpu_blocks=100, max_model_len=2048)
+BLOCKS = 20
+
+
+def agent(name: str) -> Ask:
+    """This release knows no session id of its own."""
+    extra: dict[str, Any] = {"kv_transfer_params": {"session_id": name}}
+    return Ask(prompt(name, steps.tokens_of(BLOCKS)), session=name, extra=extra)
+
+
+def test_the_oldest_release_saves_and_reloads(engines: Engines) -> None:
+    reactive, hinted = agent("reactive"), agent("hinted")
+    plain = engines.plain(OLD)
+    expected = [plain.ask(Ask(ask.prompt, ask.max_tokens)).tokens for ask in (reactive, hinted)]
+    rig = engines.greenroom(OLD)
+    first = [steps.first_turn(rig, ask) for ask in (reactive, hinted)]
+    assert [answer.cached_tokens for answer in first] == [0, 0]
+    assert [answer.tokens for answer in first] == expected
+    whole = BLOCKS * steps.BLOCK
+
+    steps.evict(rig, "one")
+    before = steps.loaded(rig.vllm)
+    answer = rig.vllm.ask(reactive)
+    assert (answer.tokens, answer.cached_tokens) == (expected[0], whole)
+    assert steps.loaded(rig.vllm) - before == whole
+
+    rig.sidecar.post("/v1/sessions/hinted/tool_start", {"tool": "bash"})
+    steps.evict(rig, "two")
+    rig.sidecar.post("/v1/sessions/hinted/tool_end", {})
+    steps.wait_back(rig, "hinted", BLOCKS)
+    before = steps.loaded(rig.vllm)
+    answer = rig.vllm.ask(hinted)
+    assert (answer.tokens, answer.cached_tokens) == (expected[1], whole)
+    assert steps.loaded(rig.vllm) == before

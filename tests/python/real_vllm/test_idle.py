@@ -1,0 +1,135 @@
+"""Sessions that wait cost nothing, and stand in nobody's way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from real_vllm import steps
+from real_vllm.rigs import STOCK
+from support.completions import Ask
+from support.engines import Engines
+from support.process import Process, wait_until
+from support.rest import raw
+from support.servers import Rig
+
+SESSIONS = 50
+FITTING, BEYOND = 4, 20
+"""Blocks of each session: all of them fit into the pool; they need more than twice of it."""
+MEASURED_S = 10.0
+ENGINE_SHARE_MAX = 0.03
+"""Of one core: EngineCore and worker together."""
+SIDECAR_SHARE_MAX = 0.02
+QUIET_S = 1.0
+QUIET_WAIT_S = 60
+STOP_S = 60
+
+
+@pytest.fixture
+def rig(engines: Engines) -> Rig:
+    return engines.greenroom(STOCK)
+
+
+def wait_for_tools(rig: Rig, blocks: int) -> list[Ask]:
+    """So many sessions have had a turn of so many blocks and wait for a tool. Returns when nothing moves any more."""
+    asks = [steps.agent(f"waiting-{blocks}-{number}", blocks, max_tokens=2) for number in range(SESSIONS)]
+    for ask in asks:
+        steps.first_turn(rig, ask)
+        rig.sidecar.post(f"/v1/sessions/{ask.session}/tool_start", {"tool": "bash"})
+    last = (copied(rig), time.monotonic())
+
+    def quiet() -> bool:
+        nonlocal last
+        now = (copied(rig), time.monotonic())
+        if now[0] != last[0]:
+            last = now
+        return now[1] - last[1] > QUIET_S
+
+    wait_until("the end of copies", quiet, QUIET_WAIT_S)
+    return asks
+
+
+def copied(rig: Rig) -> float:
+    """Bytes, both ways. The engine reports them at most once a second, and when it has something to report."""
+    return rig.sidecar.metrics().sum("greenroom_copy_bytes_total")
+
+
+@pytest.fixture
+def waiting(request: pytest.FixtureRequest, rig: Rig) -> Iterator[list[Ask]]:
+    """50 sessions wait for tools; with the parameter left out they exceed the pool."""
+    asks = wait_for_tools(rig, getattr(request, "param", BEYOND))
+    yield asks
+    for ask in asks:
+        raw("DELETE", f"{rig.sidecar.url}/v1/sessions/{ask.session}")
+
+
+def cpu_s(process: Process | None, *titles: str) -> float:
+    """Processor time so far of the processes with one of these words in their title; of all without any."""
+    assert process is not None
+    members = [one for one in process.members() if not titles or any(title in one.title for title in titles)]
+    assert len(members) >= max(len(titles), 1), [one.title for one in process.members()]
+    return sum(one.cpu_s for one in members)
+
+
+@pytest.mark.parametrize("waiting", [FITTING, BEYOND], ids=["all-fit", "beyond-the-pool"], indirect=True)
+def test_waiting_sessions_cost_no_processor_time(
+    rig: Rig, waiting: list[Ask], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (
+        cpu_s(rig.vllm.process, "EngineCore", "Worker"),
+        cpu_s(rig.sidecar.process),
+        time.monotonic(),
+        copied(rig),
+    )
+    # This is the measurement itself, not a wait for anything.
+    time.sleep(MEASURED_S)
+    seconds = time.monotonic() - before[2]
+    engine = (cpu_s(rig.vllm.process, "EngineCore", "Worker") - before[0]) / seconds
+    sidecar = (cpu_s(rig.sidecar.process) - before[1]) / seconds
+    with capsys.disabled():
+        print(
+            f"\n  {len(waiting)} sessions wait: engine and worker {engine:.1%} of a core, sidecar {sidecar:.1%}",
+            flush=True,
+        )
+    assert copied(rig) == before[3], "something was copied: that is not what was to be measured"
+    assert sum(rig.sidecar.get("/v1/status")["sessions"].values()) >= SESSIONS
+    assert engine <= ENGINE_SHARE_MAX
+    assert sidecar <= SIDECAR_SHARE_MAX
+
+
+def test_pause_and_resume_while_sessions_wait(rig: Rig, waiting: list[Ask]) -> None:
+    for mode in ("abort", "wait", "keep"):
+        rig.vllm.pause(mode)
+        # A paused engine starts nothing; the hint is not lost.
+        rig.sidecar.post(f"/v1/sessions/{waiting[0].session}/tool_end", {})
+        rig.vllm.resume()
+        assert len(rig.vllm.ask(waiting[1], timeout_s=60).tokens) == waiting[1].max_tokens
+        rig.sidecar.post(f"/v1/sessions/{waiting[1].session}/tool_start", {"tool": "bash"})
+
+
+def test_what_was_reset_is_never_answered_with(rig: Rig, waiting: list[Ask]) -> None:
+    steps.evict(rig, "before-reset")
+    assert rig.vllm.reset_prefix_cache(reset_external=True)
+    for ask in waiting[:5]:
+        rig.sidecar.post(f"/v1/sessions/{ask.session}/tool_end", {})
+    answers = [rig.vllm.ask(ask, timeout_s=60) for ask in waiting]
+    assert [answer.cached_tokens for answer in answers] == [0] * SESSIONS
+    # From here on everything is as before.
+    steps.wait_saved(rig, str(waiting[0].session), len(waiting[0].prompt) // steps.BLOCK)
+    steps.evict(rig, "after-reset")
+    assert rig.vllm.ask(waiting[0]).cached_tokens == len(waiting[0].prompt) // steps.BLOCK * steps.BLOCK
+
+
+def test_reset_of_the_gpu_alone_keeps_the_arena(rig: Rig, waiting: list[Ask]) -> None:
+    assert rig.vllm.reset_prefix_cache()
+    assert rig.vllm.ask(waiting[0]).cached_tokens == len(waiting[0].prompt) // steps.BLOCK * steps.BLOCK
+
+
+def test_sigterm_ends_both_while_sessions_wait(rig: Rig, waiting: list[Ask]) -> None:
+    """Last: the next test that wants this engine starts it anew."""
+    assert len(waiting) == SESSIONS
+    assert rig.vllm.stop(STOP_S) == 0
+    wait_until("the engine's leave", lambda: not rig.sidecar.get("/v1/status")["engines"], 10)
+    assert rig.sidecar.stop() == 0
