@@ -4,9 +4,11 @@
 //! with one GPU both live in one process, so nothing here is a global. No thread of this module runs Python code, but
 //! for the one call that wakes the engine.
 
+mod affinity;
 mod config;
 mod errors;
 mod hooks;
+mod log;
 mod mover;
 
 /// The native part of Greenroom's vLLM connector.
@@ -21,6 +23,7 @@ mod _native {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::log::start();
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

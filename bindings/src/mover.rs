@@ -24,6 +24,7 @@ use sidecar::engine::client::{MappedArena, OnArena, WorkerLink};
 use sidecar::engine::frames::CopyClass;
 use sidecar::engine::plan::{JobReport, PlannedJob, Report, StepPlan};
 
+use crate::affinity::unpinned;
 use crate::config::EngineConfig;
 use crate::errors::NativeError;
 
@@ -63,7 +64,7 @@ impl Mover {
         regions: Vec<(u64, u64, u64)>,
         memory: Py<PyAny>,
     ) -> PyResult<Self> {
-        let parts = py.detach(|| Parts::start(&config, rank, regions))?;
+        let parts = py.detach(|| unpinned(|| Parts::start(&config, rank, regions)))?;
         Ok(Self {
             rank,
             parts: Mutex::new(Some(parts)),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +146,81 @@ def test_a_sidecar_that_cannot_start_says_so(private: Path, monkeypatch: pytest.
     fake_sidecar(private, monkeypatch, "exit 2")
     with pytest.raises(ConfigError, match="code 2"):
         embedded.EmbeddedSidecar("engine", Settings())
+
+
+def test_what_a_killed_engine_left_is_swept_and_what_is_in_use_stays(
+    private: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_sidecar(private, monkeypatch, LISTENING + f'"{private / "said"}"')
+    first = embedded.EmbeddedSidecar("in-use", Settings())
+    try:
+        left = embedded.socket_path("killed")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(left))
+        starting = embedded.socket_path("starting")
+        starting.touch()
+        with embedded._locked(embedded._lock_of(starting)):
+            embedded.sweep(left.parent)
+            assert sorted(path.name for path in left.parent.iterdir()) == [
+                "greenroom-in-use.lock",
+                "greenroom-in-use.sock",
+                "greenroom-starting.lock",
+                "greenroom-starting.sock",
+            ]
+    finally:
+        first.close()
+
+
+def test_a_lock_that_was_swept_away_is_taken_anew(private: Path) -> None:
+    lock = embedded._lock_of(embedded.socket_path("engine"))
+    with embedded._locked(lock) as held:
+        assert held
+        lock.unlink()
+        with embedded._locked(lock) as second:
+            assert second
+            with embedded._locked(lock, wait=False) as third:
+                assert not third
+
+
+def test_the_sidecar_inherits_neither_the_workers_cpu_nor_its_environment(
+    private: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's CPU worker is pinned to one CPU and preloads a library that pins whatever it is loaded into."""
+    if len(os.sched_getaffinity(os.getppid())) == 1:
+        pytest.skip("this machine has one CPU")
+    monkeypatch.setenv("GOMP_CPU_AFFINITY", "0")
+    monkeypatch.setenv("LD_PRELOAD", "/nowhere/libgomp.so")
+    found: list[str] = []
+
+    def pinned() -> None:
+        # Affinity belongs to the thread: the test's own stays.
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        process = embedded._spawn(["sh", "-c", "grep Cpus_allowed_list /proc/self/status; env; read wait"])
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait() in (0, 1)
+        found.append("ran")
+
+    output = private / "output"
+    monkeypatch.setattr(embedded.subprocess, "Popen", _into(output))
+    thread = threading.Thread(target=pinned)
+    thread.start()
+    thread.join()
+    assert found == ["ran"]
+    text = output.read_text()
+    assert "GOMP_CPU_AFFINITY" not in text
+    assert "LD_PRELOAD" not in text
+    assert f"XDG_RUNTIME_DIR={private}" in text
+    cpus = text.partition("Cpus_allowed_list:")[2].split()[0]
+    assert "," in cpus or "-" in cpus
+
+
+def _into(path: Path) -> Callable[..., subprocess.Popen[bytes]]:
+    """A ``Popen`` that writes to a file."""
+    real = subprocess.Popen
+
+    def spawn(argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        with open(path, "wb") as output:
+            return real(argv, stdout=output, **options)
+
+    return spawn

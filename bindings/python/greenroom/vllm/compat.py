@@ -94,7 +94,7 @@ EVENT_BLOCKS_MAX = 1 << 16
 
 _BATCHAGENT_ID = re.compile(r"batchagent:(.+?):turn:\d+")
 
-_log = logging.getLogger("greenroom.vllm")
+_log = logging.getLogger("vllm.greenroom")
 
 
 # What Greenroom works with

@@ -17,7 +17,10 @@ import stat
 import subprocess
 import sysconfig
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from greenroom.errors import ConfigError
@@ -30,10 +33,12 @@ STOP_TIMEOUT_S = 10.0
 POLL_S = 0.02
 PATH_BYTES_MAX = 100
 """A Unix socket's path is limited to 107 bytes."""
+ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "TZ", "XDG_RUNTIME_DIR")
+"""What the sidecar gets of vLLM's environment."""
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-_log = logging.getLogger("greenroom.vllm")
+_log = logging.getLogger("vllm.greenroom")
 
 
 def command() -> str:
@@ -93,26 +98,87 @@ def answers(path: Path) -> bool:
     return True
 
 
+def _lock_of(path: Path) -> Path:
+    return path.with_suffix(".lock")
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock file, which may be swept away while this process waits for it. False: held by others."""
+    while True:
+        with open(path, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            try:
+                swept = os.stat(path).st_ino != os.fstat(lock.fileno()).st_ino
+            except FileNotFoundError:
+                swept = True
+            if not swept:
+                yield True
+                return
+
+
+def _spawn(argv: list[str]) -> subprocess.Popen[bytes]:
+    """Starts a process that does not inherit what vLLM's CPU worker does to itself.
+
+    That worker pins its main thread to one CPU and computes on it, and its environment preloads an OpenMP library that
+    would pin any child to the same one: there the sidecar would starve.
+    """
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    started: list[subprocess.Popen[bytes]] = []
+    failed: list[OSError] = []
+
+    def run() -> None:
+        # Affinity belongs to the thread and is inherited: widening this one leaves the caller's as it is.
+        try:
+            if len(os.sched_getaffinity(0)) == 1:
+                os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+        except OSError as error:
+            _log.info("Greenroom: the sidecar stays on this process's CPU: %s", error)
+        try:
+            # A session of its own: a Ctrl-C for vLLM must not end it before vLLM has ended.
+            started.append(subprocess.Popen(argv, stdin=subprocess.PIPE, env=environment, start_new_session=True))
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failed:
+        raise ConfigError("config", f"{argv[0]} cannot be started: {failed[0]}")
+    return started[0]
+
+
+def sweep(directory: Path) -> None:
+    """Removes what sidecars left behind that were killed with their engine."""
+    for path in directory.glob("greenroom-*.sock"):
+        with _locked(_lock_of(path), wait=False) as held:
+            if held and not answers(path):
+                path.unlink(missing_ok=True)
+                _lock_of(path).unlink(missing_ok=True)
+
+
 class EmbeddedSidecar:
     """This process's share in the engine's private sidecar. ``close`` ends it, if this process started it."""
 
     def __init__(self, engine_id: str, settings: Settings) -> None:
         self.socket = socket_path(engine_id)
         self._process: subprocess.Popen[bytes] | None = None
-        with open(f"{self.socket}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(_lock_of(self.socket)):
             if not answers(self.socket):
                 self._start(settings)
 
     def _start(self, settings: Settings) -> None:
+        sweep(self.socket.parent)
         argv = [command(), "serve", "--socket", str(self.socket), "--until-stdin-closes"]
         if settings.memory is not None:
             argv += ["--memory", settings.memory]
         if settings.listen is not None:
             argv += ["--listen", settings.listen]
-        # A session of its own: a Ctrl-C for vLLM must not end it before vLLM has ended.
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True)
-        self._process = process
+        self._process = process = _spawn(argv)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not answers(self.socket):
             code = process.poll()

@@ -17,7 +17,7 @@ from greenroom.vllm import compat
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
 
-_log = logging.getLogger("greenroom.vllm")
+_log = logging.getLogger("vllm.greenroom")
 
 
 def material(config: Any, kv_cache_config: Any, layout: str) -> bytes:

@@ -18,7 +18,7 @@ from greenroom.vllm.settings import EngineConfig, Settings
 POLL_S = 2.0
 """How long an engine that cannot be woken keeps stepping after a turn has ended or a hint has come."""
 
-_log = logging.getLogger("greenroom.vllm")
+_log = logging.getLogger("vllm.greenroom")
 
 
 class SchedulerSide:
