@@ -202,7 +202,7 @@ def test_the_sidecar_inherits_neither_the_workers_cpu_nor_its_environment(
         found.append("ran")
 
     output = private / "output"
-    monkeypatch.setattr(embedded.subprocess, "Popen", _into(output))
+    monkeypatch.setattr(subprocess, "Popen", _into(output))
     thread = threading.Thread(target=pinned)
     thread.start()
     thread.join()
