@@ -167,7 +167,7 @@ pub struct ActionResult {
 pub struct SessionView {
     /// The client's name for it.
     pub name: String,
-    /// `active`, `hold`, `shadow`, `host`, `loading`, `ready`, `dropped`.
+    /// `new` (known to no engine yet), `active`, `hold`, `shadow`, `host`, `loading`, `ready`, `dropped`.
     pub state: &'static str,
     /// Tokens of its last turn in full blocks.
     pub tokens: u64,

@@ -36,8 +36,8 @@ const LEASES_MAX: usize = 65_536;
 /// Namespaces at a time.
 const NAMESPACES_MAX: usize = 256;
 /// The states that the API counts sessions by.
-const STATES: [&str; 7] = [
-    "active", "hold", "shadow", "host", "loading", "ready", "dropped",
+const STATES: [&str; 8] = [
+    "new", "active", "hold", "shadow", "host", "loading", "ready", "dropped",
 ];
 
 /// Before the first engine has fixed the size of a slot.

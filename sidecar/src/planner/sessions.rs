@@ -106,7 +106,7 @@ impl Session {
             return "active";
         }
         match (self.home, self.residence) {
-            (None, _) => "dropped",
+            (None, _) => "new",
             (_, Residence::Hold) => "hold",
             (_, Residence::Shadow) => "shadow",
             (_, Residence::Host) => "host",

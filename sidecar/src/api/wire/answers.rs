@@ -151,7 +151,7 @@ pub struct SessionsAnswer {
 pub struct SessionBody {
     /// Its name.
     pub id: String,
-    /// `active`, `hold`, `shadow`, `host`, `loading`, `ready` or `dropped`.
+    /// `new` (known to no engine yet), `active`, `hold`, `shadow`, `host`, `loading`, `ready` or `dropped`.
     pub state: &'static str,
     /// Tokens of its last turn in full blocks.
     pub tokens: u64,
