@@ -6,15 +6,8 @@
 //!
 //! `bench-copy [--json FILE|-] [--seed N] [--repeats N]`
 
-#![allow(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "a command that prints its table"
-)]
 #![allow(unsafe_code, reason = "the comparison is a memcpy between raw memory")]
 
-use std::error::Error;
-use std::hash::{BuildHasher, RandomState};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,10 +16,9 @@ use cuda::{
     ArenaId, ArenaShard, ComputeMark, CopyKind, CopyLimits, CopyThread, DevicePool, DeviceRegion,
     Direction, HostEngine, Job, JobEnd, JobId, Outcome,
 };
+use greenroom_benches::{Options, Random, Result, Samples, round};
 use kvstore::{ArenaFile, ArenaMap, GpuBlock, PageSize, SlotId, u64_from, usize_from_u64};
 use serde_json::{Value, json};
-
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const KIB: u64 = 1024;
 const RANGE_BYTES: [u64; 7] = [
@@ -47,22 +39,10 @@ const REPEATS_MAX: u64 = 400;
 const LATENCY_SAMPLES: u64 = 5000;
 const ARENA: ArenaId = ArenaId(1);
 
-struct Options {
-    json: Option<String>,
-    seed: u64,
-    repeats: u64,
-}
-
 fn main() -> Result<()> {
-    let Some(options) = options() else {
-        eprintln!("usage: bench-copy [--json FILE|-] [--seed N] [--repeats N]");
-        std::process::exit(2);
-    };
+    let options = Options::from_args(&[("repeats", 15)]);
     let mut rows = Vec::new();
-    let text = options.json.as_deref() != Some("-");
-    if text {
-        println!("dir  order       range KiB  ranges   GB/s  memcpy GB/s  ratio");
-    }
+    options.say("dir  order       range KiB  ranges   GB/s  memcpy GB/s  ratio");
     for bytes in RANGE_BYTES {
         let mut bench = Bench::new(bytes)?;
         for count in RANGE_COUNTS {
@@ -73,51 +53,17 @@ fn main() -> Result<()> {
             for order in [Order::Contiguous, Order::Shuffled] {
                 for kind in [CopyKind::Demand, CopyKind::Save] {
                     let row = bench.measure(kind, order, &options)?;
-                    if text {
-                        println!("{}", row.line());
-                    }
+                    options.say(&row.line());
                     rows.push(row.json());
                 }
             }
         }
     }
     let latency = latency()?;
-    if text {
-        println!("one 4 KiB job, submit to end seen by its caller: {latency} us");
-    }
-    let report = json!({
-        "rows": rows,
-        "latency_us": latency,
-        "machine": machine(),
-        "commit": commit(),
-        "command": std::env::args().collect::<Vec<_>>().join(" "),
-        "seed": options.seed,
-    });
-    match options.json.as_deref() {
-        None => {}
-        Some("-") => println!("{report:#}"),
-        Some(file) => std::fs::write(file, format!("{report:#}\n"))?,
-    }
-    Ok(())
-}
-
-fn options() -> Option<Options> {
-    let mut options = Options {
-        json: None,
-        seed: RandomState::new().hash_one("greenroom") >> 12,
-        repeats: 15,
-    };
-    let mut args = std::env::args().skip(1);
-    while let Some(flag) = args.next() {
-        let value = args.next()?;
-        match flag.as_str() {
-            "--json" => options.json = Some(value),
-            "--seed" => options.seed = value.parse().ok()?,
-            "--repeats" => options.repeats = value.parse().ok().filter(|n| *n > 0)?,
-            _ => return None,
-        }
-    }
-    Some(options)
+    options.say(&format!(
+        "one 4 KiB job, submit to end seen by its caller: {latency} us"
+    ));
+    options.write(json!({"rows": rows, "latency_us": latency}))
 }
 
 #[derive(Clone, Copy)]
@@ -140,16 +86,9 @@ impl Order {
         let mut slots: Vec<u32> = (0..count).collect();
         let mut blocks = slots.clone();
         if matches!(self, Order::Shuffled) {
-            let mut state = seed;
-            for list in [&mut slots, &mut blocks] {
-                for last in (1..list.len()).rev() {
-                    // Knuth's 64-bit generator; its upper half is random enough to shuffle with.
-                    state = state
-                        .wrapping_mul(6_364_136_223_846_793_005)
-                        .wrapping_add(1_442_695_040_888_963_407);
-                    list.swap(last, usize_from_u64((state >> 32) % u64_from(last + 1)));
-                }
-            }
+            let mut random = Random::new(seed);
+            random.shuffle(&mut slots);
+            random.shuffle(&mut blocks);
         }
         let blocks = blocks.into_iter().map(GpuBlock);
         slots.into_iter().map(SlotId).zip(blocks).collect()
@@ -221,7 +160,8 @@ impl Bench {
     fn measure(&self, kind: CopyKind, order: Order, options: &Options) -> Result<Row> {
         let pairs = order.pairs(self.ranges, options.seed);
         let bytes = self.range_bytes * u64::from(self.ranges);
-        let repeats = (ROW_BYTES / bytes).clamp(options.repeats, REPEATS_MAX.max(options.repeats));
+        let least = options.number("repeats");
+        let repeats = (ROW_BYTES / bytes).clamp(least, REPEATS_MAX.max(least));
         let (mut ours, mut plain) = (Vec::new(), Vec::new());
         for run in 0..2 * repeats {
             let pairs = self.in_window(run, &pairs);
@@ -237,8 +177,8 @@ impl Bench {
             order,
             range_bytes: self.range_bytes,
             ranges: self.ranges,
-            seconds: median(ours),
-            plain_seconds: median(plain),
+            seconds: Samples::new(ours).median(),
+            plain_seconds: Samples::new(plain).median(),
         })
     }
 
@@ -343,39 +283,7 @@ fn latency() -> Result<Value> {
     for _ in 0..LATENCY_SAMPLES {
         samples.push(bench.ours(CopyKind::Demand, pair.clone())? * 1e6);
     }
-    samples.sort_by(f64::total_cmp);
-    let at = |percent: usize| (samples[samples.len() * percent / 100] * 10.0).round() / 10.0;
-    Ok(json!({"p50": at(50), "p95": at(95), "p99": at(99), "samples": samples.len()}))
-}
-
-fn median(mut samples: Vec<f64>) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    samples[samples.len() / 2]
-}
-
-fn machine() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info
-        .lines()
-        .find(|line| line.starts_with("model name"))
-        .and_then(|line| line.split(": ").nth(1))
-        .unwrap_or("unknown processor");
-    let cores = std::thread::available_parallelism().map_or(0, |cores| cores.get());
-    format!("{model}, {cores} cores allowed")
-}
-
-fn commit() -> String {
-    let git = |args: &[&str]| {
-        let output = std::process::Command::new("git").args(args).output().ok()?;
-        let text = String::from_utf8(output.stdout).ok()?;
-        output.status.success().then(|| text.trim().to_owned())
-    };
-    match (
-        git(&["rev-parse", "--short", "HEAD"]),
-        git(&["status", "--porcelain"]),
-    ) {
-        (Some(commit), Some(changes)) if changes.is_empty() => commit,
-        (Some(commit), _) => format!("{commit} with changes"),
-        (None, _) => "unknown".to_owned(),
-    }
+    let samples = Samples::new(samples);
+    let at = |share| round(samples.per_mille(share));
+    Ok(json!({"p50": at(500), "p95": at(950), "p99": at(990), "samples": LATENCY_SAMPLES}))
 }

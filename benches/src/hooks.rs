@@ -1,3 +1,482 @@
-//! Placeholder until its part lands.
+//! `bench-hooks`: the hooks that an engine's scheduler calls in every step, with 100 sessions waiting.
+//!
+//! The hooks are connected to a real sidecar in this process over its Unix socket; the pool is the simulated one of the
+//! process tests, whose calls cost as much as the blocks that they name. Between two steps a buffer larger than the near
+//! caches is read, as an engine's own work would push the hooks' data out. Times are those of single calls: wall clock,
+//! and the thread's processor time, which does not count what other processes take.
+//!
+//! `bench-hooks [--json FILE|-] [--seed N] [--steps N]`
 
-fn main() {}
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use greenroom_benches::{Bar, Limit, Options, Random, Result, Samples, judge, round, thread_cpu};
+use greenroom_tests::pool::SimPool;
+use greenroom_tests::sidecar::{Sidecar, until};
+use kvstore::{BlockHash, GpuBlock, u64_from};
+use serde_json::{Value, json};
+use sidecar::engine::client::WorkerLink;
+use sidecar::engine::frames::{Hello, Role};
+use sidecar::engine::plan::{JobReport, PlannedJob, Report, StepPlan};
+use sidecar::hooks::{
+    GpuPool, HooksConfig, Match, Prefetch, Published, SchedulerHooks, Step, StepMode,
+};
+
+const SESSIONS: u32 = 100;
+/// Blocks that all sessions share (a system prompt), and blocks of each one's own.
+const SHARED_BLOCKS: u32 = 64;
+const OWN_BLOCKS: u32 = 1000;
+/// Blocks of the engine's pool: room for eight of the sessions.
+const POOL_BLOCKS: u32 = 8192;
+/// Small enough that a job has as many blocks as a job may have.
+const RANK_BYTES: u64 = 4096;
+/// Never touched, so it costs no memory: slots for the sessions and for what other traffic saves.
+const ARENA: &str = "2GiB";
+/// Steps from the start of a copy to its report.
+const COPY_STEPS: u64 = 2;
+/// Blocks that other traffic takes per step, and steps that it keeps them.
+const TRAFFIC_BLOCKS: usize = 32;
+const TRAFFIC_STEPS: usize = 50;
+/// In the prefetch scenario a tool ends every so many steps.
+const TOOL_END_STEPS: u64 = 12;
+/// Read between steps.
+const SWEEP_BYTES: usize = 8 << 20;
+
+fn main() -> Result<()> {
+    let options = Options::from_args(&[("steps", 5000)]);
+    let mut bench = Bench::start(&options)?;
+    bench.sessions_wait()?;
+    let stored = bench.sidecar.get("/v1/status")["tiers"]["host"]["slots_used"].clone();
+    options.say(&format!(
+        "{SESSIONS} sessions wait, {stored} blocks stored; microseconds"
+    ));
+    options.say("scenario              hook               calls  wall p50      p99   cpu p50      p99      max");
+    let mut rows = Vec::new();
+    for scenario in [
+        Scenario::Idle,
+        Scenario::Traffic,
+        Scenario::SavedTraffic,
+        Scenario::Prefetch,
+    ] {
+        for row in bench.run(scenario, options.number("steps"))? {
+            options.say(&row.line());
+            rows.push(row);
+        }
+    }
+    let bars: Vec<Bar> = rows.iter().flat_map(Row::bars).collect();
+    let bars = judge(&options, &bars);
+    let rows: Value = rows.iter().map(Row::json).collect();
+    options.write(json!({
+        "rows": rows,
+        "bars": bars,
+        "sessions": SESSIONS,
+        "stored_blocks": stored,
+        "pool_blocks": POOL_BLOCKS,
+        "chain_blocks": SHARED_BLOCKS + OWN_BLOCKS,
+    }))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scenario {
+    /// Steps in which nothing is new.
+    Idle,
+    /// Other requests take and free blocks: holds are refreshed, residence is looked at again.
+    Traffic,
+    /// The same, and their blocks are saved.
+    SavedTraffic,
+    /// The same, and one session after the other is called back.
+    Prefetch,
+}
+
+impl Scenario {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "nothing new",
+            Self::Traffic => "traffic",
+            Self::SavedTraffic => "traffic, saved",
+            Self::Prefetch => "traffic, prefetches",
+        }
+    }
+}
+
+/// One hook's times in one scenario, in microseconds.
+struct Row {
+    scenario: Scenario,
+    hook: &'static str,
+    wall: Samples,
+    cpu: Samples,
+    calls: usize,
+}
+
+impl Row {
+    fn line(&self) -> String {
+        let at = |samples: &Samples, share| round(samples.per_mille(share));
+        format!(
+            "{:<21} {:<15} {:>8} {:>9.2} {:>8.1} {:>9.2} {:>8.1} {:>8.1}",
+            self.scenario.name(),
+            self.hook,
+            self.calls,
+            at(&self.wall, 500),
+            at(&self.wall, 990),
+            at(&self.cpu, 500),
+            at(&self.cpu, 990),
+            at(&self.cpu, 1000)
+        )
+    }
+
+    fn bars(&self) -> Vec<Bar> {
+        if self.hook != "plan" {
+            return Vec::new();
+        }
+        let bar = |name: &str, samples: &Samples, share, limit| Bar {
+            name: format!("plan, {}, us {name}", self.scenario.name()),
+            value: round(samples.per_mille(share)),
+            limit: Limit::AtMost(limit),
+        };
+        vec![
+            bar("wall P50", &self.wall, 500, 50.0),
+            bar("wall P99", &self.wall, 990, 200.0),
+        ]
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "scenario": self.scenario.name(),
+            "hook": self.hook,
+            "wall_us": self.wall.json(),
+            "cpu_us": self.cpu.json(),
+        })
+    }
+}
+
+#[derive(Default)]
+struct Timer {
+    wall: Vec<f64>,
+    cpu: Vec<f64>,
+}
+
+impl Timer {
+    fn time<T>(&mut self, call: impl FnOnce() -> T) -> T {
+        let (cpu, wall) = (thread_cpu(), Instant::now());
+        let result = call();
+        self.wall.push(wall.elapsed().as_secs_f64() * 1e6);
+        self.cpu.push((thread_cpu() - cpu).as_secs_f64() * 1e6);
+        result
+    }
+
+    fn row(&mut self, scenario: Scenario, hook: &'static str) -> Option<Row> {
+        let calls = self.wall.len();
+        let (wall, cpu) = (
+            std::mem::take(&mut self.wall),
+            std::mem::take(&mut self.cpu),
+        );
+        (calls > 0).then(|| Row {
+            scenario,
+            hook,
+            wall: Samples::new(wall),
+            cpu: Samples::new(cpu),
+            calls,
+        })
+    }
+}
+
+#[derive(Default)]
+struct Timers {
+    plan: Timer,
+    copies_done: Timer,
+    turn_started: Timer,
+    turn_ended: Timer,
+    match_prefix: Timer,
+}
+
+/// One of the other requests: what it holds, and until when.
+struct Guest {
+    request: Option<String>,
+    blocks: Vec<GpuBlock>,
+    hashes: Vec<BlockHash>,
+}
+
+struct Bench {
+    hooks: SchedulerHooks,
+    pool: SimPool,
+    _worker: WorkerLink,
+    sidecar: Sidecar,
+    random: Random,
+    chains: Vec<Vec<BlockHash>>,
+    copies: VecDeque<(u64, JobReport)>,
+    guests: VecDeque<Guest>,
+    timers: Timers,
+    step: u64,
+    requests: u64,
+    sweep: Vec<u64>,
+}
+
+impl Bench {
+    fn start(options: &Options) -> Result<Self> {
+        let sidecar = Sidecar::start(ARENA);
+        let hello = Hello {
+            role: Role::Worker { rank: 0 },
+            engine: "bench".to_owned(),
+            rank_bytes: RANK_BYTES,
+            ranks: 1,
+            block_tokens: 16,
+            gpu_blocks: POOL_BLOCKS,
+        };
+        // The arena is mapped and left alone: copies are reported as done without being made.
+        let worker = WorkerLink::open(sidecar.socket(), hello, Box::new(|_| Ok(())))?;
+        let config = HooksConfig {
+            socket: sidecar.socket(),
+            engine: "bench".to_owned(),
+            rank_bytes: RANK_BYTES,
+            ranks: 1,
+            block_tokens: 16,
+            gpu_blocks: POOL_BLOCKS,
+            lookup_wait: Duration::from_secs(5),
+            hold_ratio: 0.3,
+            prefetch: Prefetch::On,
+        };
+        let mut hooks = SchedulerHooks::connect(config, Box::new(|| {}))?;
+        hooks.open_namespace(b"bench");
+        let mut random = Random::new(options.seed);
+        let shared = random.chain(SHARED_BLOCKS);
+        let chains = (0..SESSIONS)
+            .map(|_| [&shared[..], &random.chain(OWN_BLOCKS)].concat())
+            .collect();
+        let mut bench = Self {
+            hooks,
+            pool: SimPool::new(POOL_BLOCKS),
+            _worker: worker,
+            sidecar,
+            random,
+            chains,
+            copies: VecDeque::new(),
+            guests: VecDeque::new(),
+            timers: Timers::default(),
+            step: 0,
+            requests: 0,
+            sweep: vec![1; SWEEP_BYTES / size_of::<u64>()],
+        };
+        until("the engine is ready", || {
+            bench.one_step();
+            bench.hooks.figures().ready
+        });
+        Ok(bench)
+    }
+
+    /// Every session has a turn, is saved, and waits for a tool.
+    fn sessions_wait(&mut self) -> Result<()> {
+        for index in 0..self.chains.len() {
+            self.session_turn(index);
+            self.settle();
+            let start = json!({"tool": "bash", "eta_ms": 600_000 + index * 1000});
+            self.sidecar
+                .post(&format!("/v1/sessions/s{index}/tool_start"), &start);
+        }
+        until("every session waits", || {
+            self.one_step();
+            self.hooks.figures().waiting == u64::from(SESSIONS)
+        });
+        self.settle();
+        Ok(())
+    }
+
+    /// The whole turn of a session: what the pool does not have is computed (or would be loaded: the same to the pool).
+    fn session_turn(&mut self, index: usize) {
+        let chain = self.chains[index].clone();
+        self.requests += 1;
+        let request = format!("request-{}", self.requests);
+        let name = format!("s{index}");
+        let started = |hooks: &mut SchedulerHooks| {
+            hooks.turn_started(&request, Some(&name), &chain, Instant::now());
+        };
+        self.timers.turn_started.time(|| started(&mut self.hooks));
+        let local = self.pool.leading(&chain);
+        until("the lookup is answered", || {
+            self.one_step();
+            let ask = |hooks: &mut SchedulerHooks| {
+                hooks.match_prefix(&request, local, chain.len() - 1, Instant::now())
+            };
+            self.timers.match_prefix.time(|| ask(&mut self.hooks)) != Match::Pending
+        });
+        self.hooks.swap_in(&request, &[]);
+        let guest = self.admit(Some(request), chain);
+        let settled = |this: &mut Self| {
+            this.settle();
+        };
+        settled(self);
+        self.leave(guest);
+    }
+
+    /// A request gets its blocks and fills them at once.
+    fn admit(&mut self, request: Option<String>, hashes: Vec<BlockHash>) -> Guest {
+        let local = self.pool.leading(&hashes);
+        let mut blocks: Vec<GpuBlock> = self
+            .pool
+            .lookup(&hashes[..local])
+            .into_iter()
+            .flatten()
+            .collect();
+        self.pool.reference(&blocks);
+        let fresh = self.pool.take(hashes.len() - local).unwrap_or_default();
+        assert_eq!(
+            local + fresh.len(),
+            hashes.len(),
+            "the pool is large enough"
+        );
+        blocks.extend(fresh);
+        let entries: Vec<Published> = (0u32..)
+            .zip(blocks.iter().zip(&hashes))
+            .map(|(position, (block, hash))| Published {
+                block: *block,
+                hash: *hash,
+                position,
+            })
+            .collect();
+        self.pool.publish(&entries[local..]);
+        if let Some(request) = &request {
+            self.hooks.blocks_filled(request, hashes.len(), &hashes);
+        }
+        Guest {
+            request,
+            blocks,
+            hashes,
+        }
+    }
+
+    fn leave(&mut self, guest: Guest) {
+        if let Some(request) = &guest.request {
+            let ended = |hooks: &mut SchedulerHooks| {
+                hooks.turn_ended(request, &guest.hashes, Instant::now());
+            };
+            self.timers.turn_ended.time(|| ended(&mut self.hooks));
+        }
+        let blocks: Vec<GpuBlock> = guest.blocks.into_iter().rev().collect();
+        self.pool.release(&blocks);
+    }
+
+    /// One engine step: the plan is timed, its copies end some steps later.
+    fn one_step(&mut self) {
+        self.step += 1;
+        self.end_copies();
+        std::hint::black_box(self.sweep.iter().sum::<u64>());
+        let running: usize = self.guests.iter().map(|guest| guest.blocks.len()).sum();
+        let step = Step {
+            // Each request goes on for a while.
+            reserve: running / 4,
+            handed_out: self.pool.take_handed_out(),
+            mode: StepMode::Running,
+        };
+        let plan =
+            |hooks: &mut SchedulerHooks, pool: &mut SimPool| hooks.plan(step, pool, Instant::now());
+        let plan = self
+            .timers
+            .plan
+            .time(|| plan(&mut self.hooks, &mut self.pool));
+        let Some(plan) = plan.and_then(|bytes| StepPlan::decode(&bytes).ok()) else {
+            return;
+        };
+        for job in plan.loads.iter().chain(&plan.saves) {
+            self.copies.push_back((self.step + COPY_STEPS, done(job)));
+        }
+    }
+
+    fn end_copies(&mut self) {
+        let mut ended = Vec::new();
+        while let Some((_, report)) = self.copies.pop_front_if(|(at, _)| *at <= self.step) {
+            ended.push(report);
+        }
+        if ended.is_empty() {
+            return;
+        }
+        let Ok(report) = (Report { rank: 0, ended }).encode() else {
+            return;
+        };
+        let report = |hooks: &mut SchedulerHooks, pool: &mut SimPool| {
+            hooks.copies_done(&report, pool, Instant::now())
+        };
+        let done = self
+            .timers
+            .copies_done
+            .time(|| report(&mut self.hooks, &mut self.pool));
+        assert_eq!(done, Ok(Vec::new()), "no request waits for a load");
+    }
+
+    /// Steps until nothing is in flight, for a while.
+    fn settle(&mut self) {
+        let mut quiet = 0;
+        until("copies have settled", || {
+            self.one_step();
+            quiet = if self.hooks.pending() { 0 } else { quiet + 1 };
+            quiet > 3
+        });
+    }
+
+    fn run(&mut self, scenario: Scenario, steps: u64) -> Result<Vec<Row>> {
+        self.settle();
+        self.timers = Timers::default();
+        let mut next = 0;
+        for step in 0..steps {
+            if scenario != Scenario::Idle {
+                self.traffic(scenario);
+            }
+            if scenario == Scenario::Prefetch && step % TOOL_END_STEPS == 0 {
+                self.call_back(next);
+                next = (next + 7) % SESSIONS;
+            }
+            self.one_step();
+        }
+        let timers = &mut self.timers;
+        let rows = [
+            timers.plan.row(scenario, "plan"),
+            timers.copies_done.row(scenario, "copies_done"),
+            timers.turn_started.row(scenario, "turn_started"),
+            timers.turn_ended.row(scenario, "turn_ended"),
+        ];
+        while let Some(guest) = self.guests.pop_front() {
+            self.leave(guest);
+        }
+        Ok(rows.into_iter().flatten().collect())
+    }
+
+    /// A request comes in and an old one leaves.
+    fn traffic(&mut self, scenario: Scenario) {
+        let hashes = self
+            .random
+            .chain(u32::try_from(TRAFFIC_BLOCKS).unwrap_or(1));
+        let request = (scenario == Scenario::SavedTraffic).then(|| {
+            self.requests += 1;
+            let request = format!("request-{}", self.requests);
+            let started = |hooks: &mut SchedulerHooks| {
+                hooks.turn_started(&request, None, &hashes, Instant::now());
+            };
+            self.timers.turn_started.time(|| started(&mut self.hooks));
+            request
+        });
+        let guest = self.admit(request, hashes);
+        self.guests.push_back(guest);
+        if self.guests.len() > TRAFFIC_STEPS
+            && let Some(guest) = self.guests.pop_front()
+        {
+            self.leave(guest);
+        }
+    }
+
+    /// A session's tool ends; that of the one called back long before starts again.
+    fn call_back(&mut self, index: u32) {
+        let past = (index + SESSIONS - 35) % SESSIONS;
+        let start = json!({"tool": "bash", "eta_ms": 600_000});
+        self.sidecar
+            .post(&format!("/v1/sessions/s{past}/tool_start"), &start);
+        self.sidecar
+            .post(&format!("/v1/sessions/s{index}/tool_end"), &json!({}));
+    }
+}
+
+fn done(job: &PlannedJob) -> JobReport {
+    JobReport {
+        id: job.id,
+        ok: true,
+        bytes: u64_from(job.pairs.len()) * RANK_BYTES,
+        micros: 1000,
+    }
+}

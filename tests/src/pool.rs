@@ -1,6 +1,7 @@
 //! A block pool with the rules of vLLM's: reference counts, a free list in eviction order, a prefix cache by hash.
+//! As in vLLM every call costs as much as the blocks it names, whatever the size of the pool.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 
 use kvstore::{BlockHash, GpuBlock};
 use sidecar::hooks::{BlockUse, GpuPool, Published};
@@ -8,8 +9,7 @@ use sidecar::hooks::{BlockUse, GpuPool, Published};
 /// See the module's text.
 pub struct SimPool {
     blocks: Vec<Block>,
-    /// Block numbers, the first to be handed out next.
-    free: VecDeque<u32>,
+    free: FreeList,
     cache: HashMap<BlockHash, Vec<u32>>,
     /// Blocks handed out since the last question.
     handed_out: usize,
@@ -21,12 +21,67 @@ struct Block {
     hash: Option<BlockHash>,
 }
 
+/// Unreferenced blocks, the first to be handed out next: a doubly linked list in two arrays. The place after the last
+/// block is the list's head and end.
+struct FreeList {
+    next: Vec<u32>,
+    previous: Vec<u32>,
+    len: usize,
+}
+
+impl FreeList {
+    /// All blocks, in order.
+    fn new(blocks: u32) -> Self {
+        let mut list = Self {
+            next: vec![blocks; blocks as usize + 1],
+            previous: vec![blocks; blocks as usize + 1],
+            len: 0,
+        };
+        (0..blocks).for_each(|number| list.push_back(number));
+        list
+    }
+
+    fn end(&self) -> u32 {
+        (self.next.len() - 1) as u32
+    }
+
+    fn push_back(&mut self, number: u32) {
+        self.insert(number, self.previous[self.end() as usize], self.end());
+    }
+
+    fn push_front(&mut self, number: u32) {
+        self.insert(number, self.end(), self.next[self.end() as usize]);
+    }
+
+    fn insert(&mut self, number: u32, before: u32, after: u32) {
+        (self.previous[number as usize], self.next[number as usize]) = (before, after);
+        self.next[before as usize] = number;
+        self.previous[after as usize] = number;
+        self.len += 1;
+    }
+
+    /// The block must be in the list.
+    fn remove(&mut self, number: u32) {
+        let (before, after) = (self.previous[number as usize], self.next[number as usize]);
+        self.next[before as usize] = after;
+        self.previous[after as usize] = before;
+        self.len -= 1;
+    }
+
+    fn iter(&self) -> impl Iterator<Item = u32> {
+        std::iter::successors(Some(self.next[self.end() as usize]), |number| {
+            Some(self.next[*number as usize])
+        })
+        .take(self.len)
+    }
+}
+
 impl SimPool {
     /// A pool of `blocks` free blocks.
     pub fn new(blocks: u32) -> Self {
         Self {
             blocks: vec![Block::default(); blocks as usize],
-            free: (0..blocks).collect(),
+            free: FreeList::new(blocks),
             cache: HashMap::new(),
             handed_out: 0,
         }
@@ -47,7 +102,7 @@ impl SimPool {
 
     /// Empties the prefix cache; fails while anything is referenced, as vLLM's does.
     pub fn reset(&mut self) -> bool {
-        if self.free.len() < self.blocks.len() {
+        if self.free.len < self.blocks.len() {
             return false;
         }
         self.cache.clear();
@@ -58,9 +113,13 @@ impl SimPool {
     /// Recounts: the free list holds exactly the unreferenced blocks, the cache exactly the hashed ones.
     pub fn check(&self) {
         let unreferenced = self.blocks.iter().filter(|b| b.references == 0).count();
+        let listed = self.free.iter().inspect(|number| {
+            let references = self.blocks[*number as usize].references;
+            assert_eq!(references, 0, "block {number} is referenced and free");
+        });
         assert_eq!(
-            unreferenced,
-            self.free.len(),
+            (unreferenced, unreferenced),
+            (self.free.len, listed.count()),
             "free list and reference counts disagree"
         );
         for (hash, blocks) in &self.cache {
@@ -87,7 +146,7 @@ impl GpuPool for SimPool {
     }
 
     fn free(&self) -> usize {
-        self.free.len()
+        self.free.len
     }
 
     fn lookup(&self, hashes: &[BlockHash]) -> Vec<Option<GpuBlock>> {
@@ -112,16 +171,17 @@ impl GpuPool for SimPool {
         self.free
             .iter()
             .take(n)
-            .map(|number| self.blocks[*number as usize].hash)
+            .map(|number| self.blocks[number as usize].hash)
             .collect()
     }
 
     fn take(&mut self, n: usize) -> Option<Vec<GpuBlock>> {
-        if n > self.free.len() {
+        if n > self.free.len {
             return None;
         }
-        let taken: Vec<u32> = self.free.drain(..n).collect();
+        let taken: Vec<u32> = self.free.iter().take(n).collect();
         for number in &taken {
+            self.free.remove(*number);
             self.uncache(*number);
             self.blocks[*number as usize].references = 1;
         }
@@ -132,7 +192,7 @@ impl GpuPool for SimPool {
     fn reference(&mut self, blocks: &[GpuBlock]) {
         for block in blocks {
             if self.blocks[block.index()].references == 0 {
-                self.free.retain(|number| *number != block.0);
+                self.free.remove(block.0);
             }
             self.blocks[block.index()].references += 1;
         }
