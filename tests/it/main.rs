@@ -4,3 +4,4 @@
 mod api;
 mod engine_socket;
 mod hooks;
+mod no_syscall;
