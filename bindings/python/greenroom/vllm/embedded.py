@@ -154,7 +154,9 @@ def _spawn(argv: list[str]) -> subprocess.Popen[bytes]:
 
 def sweep(directory: Path) -> None:
     """Removes what sidecars left behind that were killed with their engine."""
-    for path in directory.glob("greenroom-*.sock"):
+    names = {path.stem for path in directory.glob("greenroom-*") if path.suffix in (".sock", ".lock")}
+    for name in names:
+        path = directory / f"{name}.sock"
         with _locked(_lock_of(path), wait=False) as held:
             if held and not answers(path):
                 path.unlink(missing_ok=True)
