@@ -58,7 +58,7 @@ lint: $(TOOLS)/.ready ## format and lints of Rust and Python, nothing is changed
 	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
 	$(TOOLS)/bin/ruff check --quiet tests/python bindings
 	$(TOOLS)/bin/ruff format --quiet --check tests/python bindings
-	$(TOOLS)/bin/mypy --config-file tests/python/pyproject.toml tests/python
+	MYPYPATH=bindings/python $(TOOLS)/bin/mypy --config-file tests/python/pyproject.toml tests/python
 	if [ -d bindings/python ]; then cd bindings && ../$(TOOLS)/bin/mypy; fi
 
 .PHONY: check-rust
