@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from support.paths import LOGS
 from support.servers import Connector, VllmConfig
@@ -22,5 +23,8 @@ AUDITED = VllmConfig(
 )
 """vLLM with Greenroom, watched: see `auditing`."""
 
-STOCK = VllmConfig(gpu_blocks=400, max_model_len=2048)
+STOCK = VllmConfig(gpu_blocks=400)
 """vLLM with Greenroom as users have it."""
+
+PATIENT: dict[str, Any] = {"lookup_wait_ms": 10_000}
+"""A lookup that is not answered in time is a miss: where a hit is expected, a busy machine must not spoil it."""

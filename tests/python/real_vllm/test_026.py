@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from real_vllm import steps
+from real_vllm.rigs import PATIENT
 from support.completions import Ask
 from support.engines import Engines
 from support.flood import prompt
@@ -24,7 +25,7 @@ def test_the_oldest_release_saves_and_reloads(engines: Engines) -> None:
     reactive, hinted = agent("reactive"), agent("hinted")
     plain = engines.plain(OLD)
     expected = [plain.ask(Ask(ask.prompt, ask.max_tokens)).tokens for ask in (reactive, hinted)]
-    rig = engines.greenroom(OLD)
+    rig = engines.greenroom(OLD, **PATIENT)
     first = [steps.first_turn(rig, ask) for ask in (reactive, hinted)]
     assert [answer.cached_tokens for answer in first] == [0, 0]
     assert [answer.tokens for answer in first] == expected

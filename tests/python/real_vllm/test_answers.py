@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from real_vllm import audit, harness, script
-from real_vllm.rigs import AUDITED, PLAIN
+from real_vllm.rigs import AUDITED, PATIENT, PLAIN
 from support.engines import Engines
 from support.paths import LOGS
 from support.process import wait_until
@@ -57,7 +57,7 @@ def test_answers_are_those_of_plain_vllm(
 ) -> None:
     story = script.write(seed, TURNS, AUDITED.gpu_blocks)
     told = harness.on_plain(engines.plain(PLAIN), story)
-    rig = engines.greenroom(AUDITED)
+    rig = engines.greenroom(AUDITED, **PATIENT)
     preempted = rig.vllm.preemptions()
     signals = harness.Harness(rig.sidecar)
     answers = harness.on_greenroom(rig, story, told, signals)

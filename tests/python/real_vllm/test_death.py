@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +12,7 @@ import pytest
 from real_vllm import steps
 from real_vllm.audit import Follower
 from real_vllm.harness import Difference
-from real_vllm.rigs import AUDITED, PLAIN
+from real_vllm.rigs import AUDITED, PATIENT, PLAIN
 from support.completions import Ask, Completion
 from support.engines import Engines
 from support.flood import prompt
@@ -27,7 +26,8 @@ BLOCKS = 30
 """Blocks of each agent: together more than the pool, so that every round saves and loads."""
 IN_FLIGHT_MIN = 3
 """Rounds in which copies were running when the sidecar was killed; with fewer the test proves little."""
-KILL_WITHIN_S = 0.6
+KILL_AT_MAX = 8
+"""The sidecar dies when so many of the round's copy jobs have begun, at most; a round has about as many."""
 REQUEST_S = 120
 DRAINED_S = 30
 
@@ -49,7 +49,7 @@ def test_a_killed_sidecar_costs_no_answer_and_is_found_again(
     rounds = [asks_of(round_, seed) for round_ in range(ROUNDS)]
     plain = engines.plain(PLAIN)
     expected = [[plain.ask(ask) for ask in asks] for asks in rounds]
-    rig = engines.greenroom(AUDITED)
+    rig = engines.greenroom(AUDITED, **PATIENT)
     for ask in rounds[0]:
         steps.first_turn(rig, ask)
     difference, deaths = Difference(), []
@@ -57,7 +57,7 @@ def test_a_killed_sidecar_costs_no_answer_and_is_found_again(
         for ask in asks:
             rig.sidecar.post(f"/v1/sessions/{ask.session}/tool_start", {"tool": "bash"})
         steps.wait_connected(rig.sidecar)
-        answers, death = kill_in_the_middle(rig, asks, rng.uniform(0, KILL_WITHIN_S))
+        answers, death = kill_in_the_middle(rig, asks, witness, rng.randint(1, KILL_AT_MAX))
         deaths.append(death)
         for right, got in zip(expected[round_], answers, strict=True):
             difference.add(f"round {round_}", right, got)
@@ -80,19 +80,16 @@ def test_a_killed_sidecar_costs_no_answer_and_is_found_again(
     wait_until("the return of draining slots", lambda: draining(rig) == 0, DRAINED_S)
 
 
-def kill_in_the_middle(rig: Rig, asks: list[Ask], after_s: float) -> tuple[list[Completion], float]:
-    """All agents come back at once and the sidecar dies a moment later. Their answers; when that was."""
-    started = threading.Barrier(len(asks) + 1)
-
-    def ask(one: Ask) -> Completion:
-        started.wait(10)
-        return rig.vllm.ask(one, REQUEST_S)
-
+def kill_in_the_middle(rig: Rig, asks: list[Ask], witness: Follower, job: int) -> tuple[list[Completion], float]:
+    """All agents come back at once; the sidecar dies when that many copies have begun. Answers; when it died."""
     with ThreadPoolExecutor(len(asks)) as pool:
-        answers = [pool.submit(ask, one) for one in asks]
-        started.wait(10)
-        # The moment is the test's random input, not a wait for anything.
-        time.sleep(after_s)
+        begun = len(witness.audit().spans)
+        answers = [pool.submit(rig.vllm.ask, one, REQUEST_S) for one in asks]
+
+        def now() -> bool:
+            return len(witness.audit().spans) >= begun + job or all(answer.done() for answer in answers)
+
+        wait_until("copies", now, REQUEST_S, poll_s=0.0005)
         death = time.monotonic()
         rig.sidecar.kill()
         rig.sidecar.start()
@@ -106,7 +103,7 @@ def draining(rig: Rig) -> int:
 def test_a_new_vllm_hits_what_the_sidecar_kept(engines: Engines, witness: Follower, seed: int) -> None:
     ask = steps.agent("heir", 30, seed)
     (expected,) = steps.right(engines, ask)
-    rig = engines.greenroom(AUDITED)
+    rig = engines.greenroom(AUDITED, **PATIENT)
     steps.wait_connected(rig.sidecar)
     steps.first_turn(rig, ask)
     others = asks_of(ROUNDS, seed)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from real_vllm import steps
-from real_vllm.rigs import PLAIN, STOCK
+from real_vllm.rigs import PATIENT, PLAIN, STOCK
 from support.engines import Engines
 from support.flood import flood
 from support.process import wait_until
@@ -56,7 +56,7 @@ def sidecar() -> Embedded:
 @pytest.fixture
 def vllm(sidecar: Embedded) -> Iterator[VllmServer]:
     """vLLM with an embedded sidecar; not started."""
-    transfer = greenroom_transfer_config(ENTRY_POINT, memory="256MiB", listen=f"127.0.0.1:{sidecar.port}")
+    transfer = greenroom_transfer_config(ENTRY_POINT, memory="256MiB", listen=f"127.0.0.1:{sidecar.port}", **PATIENT)
     with_sidecar = VllmServer(STOCK, transfer, "embedded")
     try:
         yield with_sidecar

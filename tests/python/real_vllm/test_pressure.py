@@ -11,7 +11,7 @@ import pytest
 from real_vllm import steps
 from real_vllm.audit import Follower
 from real_vllm.harness import hints
-from real_vllm.rigs import AUDITED
+from real_vllm.rigs import AUDITED, PATIENT
 from support.completions import Ask
 from support.engines import Engines
 from support.flood import prompt
@@ -26,7 +26,7 @@ BLOCKS = 30
 
 @pytest.fixture
 def rig(engines: Engines, witness: Follower) -> Iterator[Rig]:
-    yield engines.greenroom(AUDITED)
+    yield engines.greenroom(AUDITED, **PATIENT)
     assert not witness.audit().problems
 
 
