@@ -220,3 +220,126 @@ fn an_aborted_load_and_retired_sessions_leave_nothing_behind() {
     sidecar.delete("/v1/sessions/a");
     assert_eq!(engine.turn(Some("a"), &mine).loaded, 0);
 }
+
+/// A want with another chain arrives while a chunk of the old one is being copied: slots belong to their own chain.
+#[test]
+fn a_session_may_diverge_while_it_is_being_loaded() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let mine = session(40, 1);
+    engine.turn(Some("a"), &mine);
+    saved(&mut engine, &sidecar, "a", BLOCKS);
+    engine.flood(7, 200);
+    engine.reserve = 90;
+    engine.switch.hold();
+    sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
+    sidecar.post("/v1/sessions/a/tool_end", &json!({}));
+    until("a chunk is in flight", || {
+        engine.step();
+        engine.hooks.copies_in_flight()
+    });
+    // The user edits history: another prompt, given up at once.
+    let other = chain((0..40u32).map(|i| if i < 5 { 1 << 20 | i } else { 9 << 20 | i }));
+    assert_eq!(other[..5], mine[..5]);
+    engine
+        .hooks
+        .turn_started("r", Some("a"), &other, std::time::Instant::now());
+    engine.hooks.turn_ended("r", &[], std::time::Instant::now());
+    until("the turn is counted", || {
+        engine.step();
+        let view = sidecar.get("/v1/sessions/a");
+        view["turns"] == 2 && view["state"] != "active"
+    });
+    sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
+    for _ in 0..50 {
+        engine.step();
+        sidecar.get("/v1/status");
+    }
+    engine.switch.release();
+    engine.reserve = 0;
+    for _ in 0..50 {
+        engine.step();
+        sidecar.get("/v1/status");
+    }
+    // Every block that is found is compared with the bytes of its hash.
+    let turn = engine.turn(Some("b"), &other);
+    assert!(turn.local + turn.loaded <= 5, "{turn:?}");
+}
+
+/// The same through hints that name blocks.
+#[test]
+fn two_chains_with_one_last_block_are_two_sessions() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let mine = session(40, 1);
+    engine.turn(Some("a"), &mine);
+    saved(&mut engine, &sidecar, "a", BLOCKS);
+    engine.flood(7, 200);
+    engine.reserve = 90;
+    engine.switch.hold();
+    let hex = |chain: &[kvstore::BlockHash]| -> Vec<String> {
+        chain
+            .iter()
+            .map(|h| h.0.iter().map(|b| format!("{b:02x}")).collect())
+            .collect()
+    };
+    let hint = |id: &str, chain: &[kvstore::BlockHash]| {
+        sidecar.post(
+            "/v1/hints",
+            &json!({"protocol_version": "1.0", "message_id": id, "actions": [
+            {"action_id": "1", "action_type": "kv.prefetch", "action_version": "1.0",
+             "payload": {"target": {"block_hashes": hex(chain)}}}]}),
+        );
+    };
+    hint("one", &mine);
+    until("a chunk is in flight", || {
+        engine.step();
+        engine.hooks.copies_in_flight()
+    });
+    hint("two", &mine[39..]);
+    for _ in 0..50 {
+        engine.step();
+        sidecar.get("/v1/status");
+    }
+    engine.switch.release();
+    engine.reserve = 0;
+    for _ in 0..50 {
+        engine.step();
+        sidecar.get("/v1/status");
+    }
+    hint("three", &mine);
+    until("all is there", || {
+        engine.step();
+        engine.pool.leading(&mine) == 40
+    });
+    let turn = engine.turn(Some("x"), &session(41, 1));
+    assert_eq!((turn.local, turn.computed), (40, 1));
+}
+
+/// A want that was pushed before a reset is received after it: its lease is of the old epoch.
+#[test]
+fn a_want_that_crosses_a_reset_is_not_believed() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let mine = session(40, 1);
+    engine.turn(Some("a"), &mine);
+    saved(&mut engine, &sidecar, "a", BLOCKS);
+    engine.flood(7, 200);
+    engine.settle();
+    assert_eq!(engine.pool.leading(&mine), 0);
+    sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
+    sidecar.post("/v1/sessions/a/tool_end", &json!({}));
+    // The engine is in a long step: nothing of it has been taken in when the weights change.
+    sidecar.get("/v1/status");
+    assert!(engine.pool.reset());
+    engine.hooks.reset();
+    for _ in 0..50 {
+        engine.step();
+        sidecar.get("/v1/status");
+    }
+    assert_eq!(
+        engine.pool.leading(&mine),
+        0,
+        "old KV is in the cache after the reset"
+    );
+}

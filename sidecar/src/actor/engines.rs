@@ -196,6 +196,11 @@ impl Actor {
                 "{ENGINES_MAX} engines are connected; that is the limit"
             ));
         }
+        if let Role::Worker { rank } = hello.role
+            && rank >= hello.ranks
+        {
+            return Err(format!("rank {rank} of {} does not exist", hello.ranks));
+        }
         let slot_bytes = self.cut_for(&geometry)?;
         let key = known.unwrap_or_else(|| EngineKey(self.engines.next()));
         let engine = self
@@ -230,9 +235,6 @@ impl Actor {
                     workers_told: false,
                 });
                 engine.gpu_blocks = hello.gpu_blocks;
-            }
-            Role::Worker { rank } if rank >= hello.ranks => {
-                return Err(format!("rank {rank} of {} does not exist", hello.ranks));
             }
             Role::Worker { rank } => {
                 engine.workers.insert(

@@ -6,7 +6,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use kvstore::{BlockHash, Namespace, PinId, Term};
+use kvstore::{BlockHash, Namespace, PIN_TTL_MAX, PinId, Term};
+use sha2::{Digest, Sha256};
 
 use super::handle::{Reply, Shared};
 use super::{Actor, answer, count};
@@ -23,6 +24,8 @@ const OUTCOME_WAIT: Duration = Duration::from_millis(100);
 const REMEMBERED_MAX: usize = 4096;
 /// How long a pin lasts if the hint does not say.
 const PIN_TTL: Duration = Duration::from_secs(300);
+/// Pins of one session or chain.
+const PINS_PER_TARGET: usize = 16;
 /// Sessions or chains with pins.
 const PINNED_MAX: usize = 4096;
 
@@ -58,6 +61,13 @@ pub(super) struct Results {
     verbs: Vec<HintVerb>,
 }
 
+/// One pin that was taken.
+struct Pin {
+    id: PinId,
+    blocks: u64,
+    expires: Instant,
+}
+
 /// What pins were taken for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Pinned {
@@ -75,7 +85,7 @@ pub(super) struct Hints {
     verbs: HashMap<u64, Vec<HintVerb>>,
     remembered: HashMap<String, Remembered>,
     order: VecDeque<String>,
-    pins: HashMap<Pinned, Vec<(PinId, u64)>>,
+    pins: HashMap<Pinned, Vec<Pin>>,
 }
 
 enum Remembered {
@@ -92,7 +102,7 @@ impl Hints {
     pub(super) fn pinned(&self, session: SessionKey) -> u64 {
         self.pins
             .get(&Pinned::Session(session))
-            .map_or(0, |pins| pins.iter().map(|(_, blocks)| blocks).sum())
+            .map_or(0, |pins| pins.iter().map(|pin| pin.blocks).sum())
     }
 
     /// Envelopes whose engines have not answered in time.
@@ -469,8 +479,14 @@ impl Actor {
         action: &HintAction,
         now: Instant,
     ) -> ActionResult {
+        // Those whose time was up are gone in the store already.
+        self.hints.pins.retain(|_, pins| {
+            pins.retain(|pin| pin.expires > now);
+            !pins.is_empty()
+        });
         let what = pinned_as(key, chain);
-        let full = self.hints.pins.len() >= PINNED_MAX && !self.hints.pins.contains_key(&what);
+        let taken = self.hints.pins.get(&what).map_or(0, Vec::len);
+        let full = taken >= PINS_PER_TARGET || (taken == 0 && self.hints.pins.len() >= PINNED_MAX);
         let term = Term {
             now,
             ttl: action.ttl.unwrap_or(PIN_TTL),
@@ -483,11 +499,11 @@ impl Actor {
             .as_ref()
             .map_or((0, 0), |done| (done.pinned, done.clipped));
         if let Some(id) = done.and_then(|done| done.id) {
-            self.hints
-                .pins
-                .entry(what)
-                .or_default()
-                .push((id, count(pinned)));
+            self.hints.pins.entry(what).or_default().push(Pin {
+                id,
+                blocks: count(pinned),
+                expires: now + term.ttl.min(PIN_TTL_MAX),
+            });
         }
         let (outcome, detail) = match (pinned, clipped) {
             _ if full => (Outcome::Rejected, "too many pins: unpin something first"),
@@ -512,12 +528,12 @@ impl Actor {
     fn unpin(&mut self, what: &Pinned) -> u64 {
         let pins = self.hints.pins.remove(what).unwrap_or_default();
         let mut blocks = 0;
-        for (pin, pinned) in pins {
+        for pin in pins {
             if let Some(cut) = &mut self.cut
-                && let Ok(effects) = cut.store.unpin(pin)
+                && let Ok(effects) = cut.store.unpin(pin.id)
             {
                 self.count(effects);
-                blocks += pinned;
+                blocks += pin.blocks;
             }
         }
         blocks
@@ -551,8 +567,10 @@ impl Actor {
                 let (Some(home), HintVerb::Prefetch) = (home, verb) else {
                     return Some((None, chain.clone(), namespace));
                 };
-                let last = chain.last()?;
-                let name = SessionName::new(&format!("blocks-{last:?}")).ok()?;
+                // Named by all of it: another chain with the same last block is another session.
+                let digest: [u8; 32] = Sha256::digest(bytemuck::cast_slice::<_, u8>(chain)).into();
+                let name: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+                let name = SessionName::new(&format!("blocks-{name}")).ok()?;
                 let key = self.sessions.adopt(name, home, chain, now).ok()?;
                 return Some((Some(key), chain.clone(), namespace));
             }

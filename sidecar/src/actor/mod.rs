@@ -246,6 +246,10 @@ impl Actor {
             let effects = cut.store.expire(now);
             self.count(effects);
         }
+        for session in self.sessions.take_evicted() {
+            self.unpin_session(session.key);
+            self.tell_nothing(&session);
+        }
         while let Some((at, key)) = self.changes.first().copied()
             && at <= now
         {
@@ -284,7 +288,7 @@ impl Actor {
                     .map(|session| self.view(session, now));
                 answer(reply, view.ok_or(CommandError::UnknownSession));
             }
-            Command::Retire(name, reply) => answer(reply, self.retire(&name, now)),
+            Command::Retire(name, reply) => answer(reply, self.retire(&name)),
             Command::ToolStart(name, start, reply) => {
                 let key = self.sessions.tool_start(&name, start, now);
                 answer(reply, key.map(|key| self.push_want(key, now)));
@@ -306,7 +310,7 @@ impl Actor {
         }
     }
 
-    fn retire(&mut self, name: &SessionName, now: Instant) -> Result<u64, CommandError> {
+    fn retire(&mut self, name: &SessionName) -> Result<u64, CommandError> {
         let key = self
             .sessions
             .find(name)
@@ -316,7 +320,7 @@ impl Actor {
         let Some((session, shared)) = self.sessions.retire(key) else {
             return Err(CommandError::UnknownSession);
         };
-        self.tell_nothing(&session, now);
+        self.tell_nothing(&session);
         let namespace = session.home.and_then(|(_, id)| self.engines.namespace(id));
         let (Some(cut), Some(namespace)) = (&mut self.cut, namespace) else {
             return Ok(0);
@@ -329,7 +333,7 @@ impl Actor {
     }
 
     /// The session is gone: whatever an engine was told of it no longer holds.
-    fn tell_nothing(&mut self, session: &Session, _now: Instant) {
+    pub(in crate::actor) fn tell_nothing(&mut self, session: &Session) {
         let told = self.wants.remove(&session.key);
         if let Some((engine, _)) = session.home
             && told.is_some_and(|told| told.wish != Wish::Nothing)
@@ -395,6 +399,7 @@ impl Actor {
             },
         );
         if let Some(at) = self.sessions.next_change(key).filter(|at| *at > now) {
+            self.changes.retain(|(_, other)| *other != key);
             self.changes.insert((at, key));
         }
         Some(number)

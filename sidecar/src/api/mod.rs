@@ -230,6 +230,8 @@ async fn health(State(api): Shared) -> Result<Json<HealthAnswer>, ApiError> {
 /// All figures in Prometheus' text format.
 #[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain", body = String)))]
 async fn metrics(State(api): Shared) -> Result<Response, ApiError> {
+    // Brings the gauges up to date; a sidecar that is too busy to answer shows those of before.
+    api.handle.status().await.map_or((), drop);
     let text = api.handle.metrics().render();
     let text = text.map_err(|_| ApiError::Metrics)?;
     let kind = [(

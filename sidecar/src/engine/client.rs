@@ -40,6 +40,8 @@ pub enum Inbound {
     Connected {
         /// Identifies the sidecar's start and its arena.
         boot: u64,
+        /// Messages to this sidecar over this connection, and over no other.
+        outbox: Outbox,
     },
     /// The sidecar answered with a refusal; tried again later.
     Refused(String),
@@ -59,6 +61,41 @@ pub enum Inbound {
 #[error("not connected to the sidecar")]
 pub struct LinkDown;
 
+/// The sending end of one connection. What is sent over an ended one is refused, never carried over to the next.
+#[derive(Clone)]
+pub struct Outbox {
+    frames: Sender<Vec<u8>>,
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Outbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Outbox")
+            .field("queued", &self.frames.len())
+            .finish()
+    }
+}
+
+impl Outbox {
+    /// Queues a message; never blocks.
+    ///
+    /// # Errors
+    /// [`LinkDown`] when the connection has ended; a full outbox ends it first.
+    pub fn send(&self, sequence: u64, message: &ToSidecar) -> Result<(), LinkDown> {
+        let frame = encode(sequence, message).map_err(|error: FrameError| {
+            tracing::warn!(%error, "message to the sidecar not sent");
+            LinkDown
+        })?;
+        self.frames.try_send(frame).map_err(|error| {
+            if matches!(error, TrySendError::Full(_)) {
+                tracing::warn!("the sidecar does not keep up; connecting anew");
+                self.shared.disconnect();
+            }
+            LinkDown
+        })
+    }
+}
+
 struct Shared {
     /// Moves whenever the inbox gains something; read without a system call on every engine step.
     epoch: AtomicU64,
@@ -69,7 +106,6 @@ struct Shared {
 #[derive(Default)]
 struct LinkState {
     closed: bool,
-    outbox: Option<Sender<Vec<u8>>>,
     /// A clone of the connected stream, to break a blocked read from outside.
     stream: Option<UnixStream>,
 }
@@ -93,17 +129,15 @@ impl Shared {
     }
 
     /// Makes a new connection known; false when the link was closed meanwhile.
-    fn connected(&self, stream: &UnixStream, outbox: Option<Sender<Vec<u8>>>) -> io::Result<bool> {
+    fn connected(&self, stream: &UnixStream) -> io::Result<bool> {
         let clone = stream.try_clone()?;
         let mut state = self.state.lock();
         state.stream = Some(clone);
-        state.outbox = outbox;
         Ok(!state.closed)
     }
 
     fn disconnect(&self) {
         let mut state = self.state.lock();
-        state.outbox = None;
         if let Some(stream) = state.stream.take() {
             // The peer may have closed it already; then there is nothing left to shut down.
             stream.shutdown(Shutdown::Both).unwrap_or_default();
@@ -172,25 +206,6 @@ impl SchedulerLink {
     /// Next arrival, if any.
     pub fn receive(&self) -> Option<Inbound> {
         self.inbox.try_recv().ok()
-    }
-
-    /// Queues a message; never blocks.
-    ///
-    /// # Errors
-    /// [`LinkDown`] when there is no connection; a full outbox ends the connection first.
-    pub fn send(&self, sequence: u64, message: &ToSidecar) -> Result<(), LinkDown> {
-        let outbox = self.shared.state.lock().outbox.clone().ok_or(LinkDown)?;
-        let frame = encode(sequence, message).map_err(|error: FrameError| {
-            tracing::warn!(%error, "message to the sidecar not sent");
-            LinkDown
-        })?;
-        outbox.try_send(frame).map_err(|error| {
-            if matches!(error, TrySendError::Full(_)) {
-                tracing::warn!("the sidecar does not keep up; connecting anew");
-                self.shared.disconnect();
-            }
-            LinkDown
-        })
     }
 
     /// Ends the connection and its threads.
@@ -266,12 +281,17 @@ impl Supervisor {
             }
             _ => return Err(invalid(FrameError::Malformed)),
         };
-        let (outbox, frames) = bounded::<Vec<u8>>(QUEUE_MESSAGES);
-        if !self.shared.connected(&stream, Some(outbox))? {
+        let (sender, frames) = bounded::<Vec<u8>>(QUEUE_MESSAGES);
+        let outbox = Outbox {
+            frames: sender,
+            shared: self.shared.clone(),
+        };
+        if !self.shared.connected(&stream)? {
             return Ok(());
         }
         let writer = stream.try_clone()?;
-        let writer = std::thread::Builder::new()
+        // Not joined: it ends when the hooks let go of the outbox, which an idle engine may do later.
+        std::thread::Builder::new()
             .name("greenroom-out".into())
             .spawn(move || {
                 for frame in frames {
@@ -283,12 +303,9 @@ impl Supervisor {
                 }
             })?;
         let ended = self
-            .deliver(Inbound::Connected { boot })
+            .deliver(Inbound::Connected { boot, outbox })
             .and_then(|()| self.read(&stream));
         self.shared.disconnect();
-        if writer.join().is_err() {
-            tracing::error!("the link's writer thread panicked");
-        }
         if let Err(error) = ended
             && error.kind() == io::ErrorKind::InvalidData
         {
@@ -398,7 +415,7 @@ fn attend(
         ToEngine::Refused { reason } => return Err(io::Error::other(reason)),
         _ => return Err(invalid(FrameError::Malformed)),
     };
-    if !shared.connected(&stream, None)? {
+    if !shared.connected(&stream)? {
         return Ok(());
     }
     if *attached != Some(boot) {

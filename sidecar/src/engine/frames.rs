@@ -219,9 +219,9 @@ pub enum Hook {
 pub struct Figures {
     /// Free blocks in the pool.
     pub gpu_free: u32,
-    /// Finished copies; bounded, the oldest are dropped.
+    /// Finished copies; bounded, what is too much is dropped.
     pub copies: Vec<CopySample>,
-    /// Timed hooks; bounded, the oldest are dropped.
+    /// Timed hooks; bounded, what is too much is dropped.
     pub hooks: Vec<HookSample>,
     /// Lookups that were not answered in time.
     pub timeouts: u64,
@@ -285,7 +285,8 @@ pub enum WantOutcome {
 pub enum ToSidecar {
     /// First message.
     Hello(Hello),
-    /// Names the namespace that this engine's blocks belong to; before any other message that has hashes.
+    /// Names the namespace that this engine's blocks belong to from now on; before any other message that has hashes.
+    /// Answered by [`ToEngine::NamespaceOpen`].
     OpenNamespace {
         /// Digest of everything besides the block hash that decides the bytes.
         id: [u8; 32],
@@ -397,6 +398,8 @@ pub enum ToEngine {
         /// What is wrong and what to do.
         reason: String,
     },
+    /// Answers `OpenNamespace`: every lease that was given before belongs to an earlier namespace.
+    NamespaceOpen,
     /// Every worker of this engine has the arena (or one has lost it).
     Workers {
         /// All there.

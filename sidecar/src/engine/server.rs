@@ -4,7 +4,7 @@
 //! writes. A peer that is not of this user, says no proper hello in time, or sends a bad frame is disconnected.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -92,9 +92,16 @@ async fn serve(
             "the first message was no hello",
         ));
     };
+    let pidfd = match hello.role {
+        Role::Worker { .. } => match open_process(process) {
+            Ok(pidfd) => Some(pidfd),
+            // Without it nobody could tell when the worker's copies have ended for good.
+            Err(error) => return refuse(&writer, sequence, format!("the worker's process {process} cannot be watched ({error}): run the sidecar in the same PID namespace")).await,
+        },
+        Role::Scheduler => None,
+    };
     let (outbox, frames, cut) = outbox();
     let (reply, admitted) = oneshot::channel();
-    let role = hello.role;
     actor
         .deliver(Event::Hello {
             connection,
@@ -104,27 +111,21 @@ async fn serve(
             reply,
         })
         .await;
-    let answer = match admitted.await.map_err(io::Error::other)? {
-        Ok(admitted) => ToEngine::Welcome {
-            boot: admitted.boot,
-            arena_bytes: admitted.arena_bytes,
-            slot_bytes: admitted.slot_bytes,
-        },
-        Err(reason) => ToEngine::Refused { reason },
+    let admitted = match admitted.await.map_err(io::Error::other)? {
+        Ok(admitted) => admitted,
+        Err(reason) => return refuse(&writer, sequence, reason).await,
     };
-    let refused = matches!(answer, ToEngine::Refused { .. });
+    let answer = ToEngine::Welcome {
+        boot: admitted.boot,
+        arena_bytes: admitted.arena_bytes,
+        slot_bytes: admitted.slot_bytes,
+    };
     let frame = encode(sequence, &answer).map_err(invalid)?;
-    let descriptor = (!refused).then(|| arena.fd());
-    tokio::time::timeout(HELLO_TIMEOUT, welcome(&writer, &frame, descriptor)).await??;
-    if refused {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "refused"));
-    }
-    if matches!(role, Role::Worker { .. })
-        && let Err(error) = watch(process, actor.clone())
+    tokio::time::timeout(HELLO_TIMEOUT, welcome(&writer, &frame, Some(arena.fd()))).await??;
+    if let Some(pidfd) = pidfd
+        && let Err(error) = watch(pidfd, process, actor.clone())
     {
-        // It has exited already: then it copies nothing.
-        tracing::info!(%error, process, "a worker is gone before it could be watched");
-        actor.deliver(Event::Exited(process)).await;
+        tracing::error!(%error, "cannot watch an engine's process; its slots stay reserved when it goes");
     }
     let writing = tokio::spawn(write(writer, frames));
     let ended = loop {
@@ -150,18 +151,38 @@ async fn serve(
     ended
 }
 
-/// Reports the end of a process, from a descriptor that cannot be confused with a later process of the same number.
-fn watch(process: u32, actor: Handle) -> io::Result<()> {
-    use rustix::event::{PollFd, PollFlags, poll};
+/// Answers a hello that cannot be accepted, and ends the connection.
+async fn refuse(writer: &OwnedWriteHalf, sequence: u64, reason: String) -> io::Result<()> {
+    let frame = encode(
+        sequence,
+        &ToEngine::Refused {
+            reason: reason.clone(),
+        },
+    )
+    .map_err(invalid)?;
+    tokio::time::timeout(HELLO_TIMEOUT, welcome(writer, &frame, None)).await??;
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, reason))
+}
+
+/// A descriptor of a process, which cannot be confused with a later process of the same number.
+fn open_process(process: u32) -> io::Result<OwnedFd> {
     let pid = i32::try_from(process)
         .ok()
         .and_then(rustix::process::Pid::from_raw);
     let pid = pid.ok_or_else(|| io::Error::other("bad process id"))?;
-    let descriptor = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+    Ok(rustix::process::pidfd_open(
+        pid,
+        rustix::process::PidfdFlags::empty(),
+    )?)
+}
+
+/// Reports the end of a process.
+fn watch(pidfd: OwnedFd, process: u32, actor: Handle) -> io::Result<()> {
+    use rustix::event::{PollFd, PollFlags, poll};
     // A thread of its own: it sleeps for as long as the process lives, and does not keep the runtime from ending.
     std::thread::Builder::new().name(format!("exit-{process}")).spawn(move || {
         loop {
-            match poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], None) {
+            match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None) {
                 Ok(_) => return actor.deliver_blocking(Event::Exited(process)),
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return tracing::error!(%error, "cannot watch an engine's process; its slots stay reserved"),

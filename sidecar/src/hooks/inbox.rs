@@ -7,7 +7,7 @@ use kvstore::SlotId;
 use super::turns::{LeasedRun, Lookup};
 use super::watch::NewWant;
 use super::{Connection, SchedulerHooks};
-use crate::engine::client::Inbound;
+use crate::engine::client::{Inbound, Outbox};
 use crate::engine::frames::{ToEngine, ToSidecar};
 
 impl SchedulerHooks {
@@ -21,7 +21,7 @@ impl SchedulerHooks {
         self.work_due = true;
         while let Some(inbound) = self.link.receive() {
             match inbound {
-                Inbound::Connected { boot } => self.connected(boot),
+                Inbound::Connected { boot, outbox } => self.connected(boot, outbox),
                 Inbound::Refused(reason) => {
                     tracing::error!(reason, "the sidecar refuses this engine")
                 }
@@ -31,16 +31,15 @@ impl SchedulerHooks {
         }
     }
 
-    pub(super) fn connected(&mut self, boot: u64) {
-        let number = self.connection.number + 1;
+    pub(super) fn connected(&mut self, boot: u64, outbox: Outbox) {
         self.connection = Connection {
-            number,
+            number: self.connection.number + 1,
             boot: Some(boot),
-            workers_ready: false,
-            fenced: false,
+            outbox: Some(outbox),
+            ..Connection::default()
         };
         if let Some(id) = self.namespace {
-            self.send(&ToSidecar::OpenNamespace { id });
+            self.enter_namespace(id);
         }
         self.send_fenced();
     }
@@ -48,6 +47,7 @@ impl SchedulerHooks {
     /// Every lease is void now; the sidecar keeps their slots until [`ToSidecar::Fenced`] or this process is gone.
     pub(super) fn disconnected(&mut self) {
         self.connection.boot = None;
+        self.connection.outbox = None;
         self.connection.workers_ready = false;
         self.saves.disconnect();
         self.watch.disconnect();
@@ -65,6 +65,9 @@ impl SchedulerHooks {
     }
 
     fn message(&mut self, sequence: u64, message: ToEngine, now: Instant) {
+        if self.connection.opening.is_some() && self.is_stale(sequence, &message) {
+            return;
+        }
         match message {
             ToEngine::Workers { ready } => self.connection.workers_ready = ready,
             ToEngine::Match {
@@ -135,9 +138,36 @@ impl SchedulerHooks {
                 let released = self.watch.want(session, new);
                 self.release(&released);
             }
+            ToEngine::NamespaceOpen => {}
             ToEngine::Welcome { .. } | ToEngine::Refused { .. } => {
                 tracing::warn!("a second welcome from the sidecar is ignored");
             }
+        }
+    }
+
+    /// While a namespace is being opened: whether a message speaks of an earlier one. Its lease is given back.
+    fn is_stale(&mut self, sequence: u64, message: &ToEngine) -> bool {
+        match message {
+            ToEngine::NamespaceOpen => {
+                if self.connection.opening == Some(sequence) {
+                    self.connection.opening = None;
+                }
+                true
+            }
+            ToEngine::Match { lease, .. } | ToEngine::Want { lease, .. } => {
+                self.release(lease.as_slice());
+                true
+            }
+            ToEngine::Reserved { lease, .. } => {
+                if let Some(lease) = *lease {
+                    self.send(&ToSidecar::Settle {
+                        lease,
+                        commit: false,
+                    });
+                }
+                true
+            }
+            ToEngine::Workers { .. } | ToEngine::Welcome { .. } | ToEngine::Refused { .. } => false,
         }
     }
 

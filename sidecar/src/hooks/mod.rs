@@ -30,7 +30,7 @@ use self::jobs::Jobs;
 use self::saves::Saves;
 use self::turns::{Lookup, Turns};
 use self::watch::{Watch, WatchLimits};
-use crate::engine::client::SchedulerLink;
+use crate::engine::client::{Outbox, SchedulerLink};
 use crate::engine::frames::{Figures, Hashes, Hello, Hook, HookSample, Role, ToSidecar};
 use crate::engine::plan::{Report, StepPlan};
 use crate::planner::budget::PoolFacts;
@@ -144,8 +144,12 @@ pub struct HookFigures {
 struct Connection {
     number: u64,
     boot: Option<u64>,
+    outbox: Option<Outbox>,
     workers_ready: bool,
     fenced: bool,
+    /// Number of the `OpenNamespace` that is not answered yet: until it is, every lease that arrives belongs to an
+    /// earlier namespace and is given back.
+    opening: Option<u64>,
 }
 
 /// The scheduler's side of Greenroom.
@@ -225,9 +229,12 @@ impl SchedulerHooks {
     /// Closes the namespace: `material` is everything besides the block hash that decides a block's bytes.
     /// Called once, with the first request at the latest.
     pub fn open_namespace(&mut self, material: &[u8]) {
-        let id: [u8; 32] = Sha256::digest(material).into();
+        self.enter_namespace(Sha256::digest(material).into());
+    }
+
+    pub(in crate::hooks) fn enter_namespace(&mut self, id: [u8; 32]) {
         self.namespace = Some(id);
-        self.send(&ToSidecar::OpenNamespace { id });
+        self.connection.opening = self.send(&ToSidecar::OpenNamespace { id });
     }
 
     /// Whether the namespace has been closed.
@@ -298,12 +305,10 @@ impl SchedulerHooks {
         let Some(turn) = self.turns.get_mut(request) else {
             return;
         };
-        if full > turn.filled {
-            let fresh = (full - turn.filled).min(new.len());
-            self.saves.push(&new[new.len() - fresh..]);
-            turn.filled = full;
-            self.work_due = true;
-        }
+        // A preempted request fills its blocks anew: what was saved is known to the sidecar, what was lost is saved now.
+        self.saves.push(new);
+        turn.filled = full;
+        self.work_due = true;
     }
 
     /// A request ended with these full blocks, which are about to be freed.
@@ -383,6 +388,14 @@ impl SchedulerHooks {
     pub fn reset(&mut self) {
         self.epoch += 1;
         self.send(&ToSidecar::Reset);
+        if let Some(id) = self.namespace {
+            // The files on disk no longer tell what the weights are: from here on the namespace is this engine's alone.
+            let mut private = Sha256::new();
+            private.update(id);
+            private.update(self.config.engine.as_bytes());
+            private.update(self.epoch.to_le_bytes());
+            self.enter_namespace(private.finalize().into());
+        }
         for lease in self.saves.reset() {
             self.send(&ToSidecar::Settle {
                 lease,
@@ -439,9 +452,9 @@ impl SchedulerHooks {
 
     /// Queues a message; returns its number, or `None` without a connection.
     fn send(&mut self, message: &ToSidecar) -> Option<u64> {
-        self.connection.boot?;
+        let outbox = self.connection.outbox.as_ref()?;
         self.sequence += 1;
-        self.link
+        outbox
             .send(self.sequence, message)
             .ok()
             .map(|()| self.sequence)

@@ -190,15 +190,13 @@ impl SchedulerHooks {
                 Some(request)
             }
             Work::Prefetch(fetch) => {
-                self.finish_fetch(
-                    &fetch,
-                    if good {
-                        CopyOutcome::Published
-                    } else {
-                        CopyOutcome::Lost
-                    },
-                    pool,
-                );
+                let outcome = if good {
+                    CopyOutcome::Published
+                } else {
+                    CopyOutcome::Lost
+                };
+                self.finish_fetch(&fetch, outcome, pool);
+                self.release(Some(fetch.lease).filter(|_| same).as_slice());
                 None
             }
             Work::Save { lease, blocks, .. } => {

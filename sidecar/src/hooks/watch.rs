@@ -68,6 +68,8 @@ pub(super) struct Fetch {
     pub(super) slots: Vec<SlotId>,
     pub(super) hashes: Vec<BlockHash>,
     pub(super) positions: Vec<u32>,
+    /// What protects the slots until the chunk has ended.
+    pub(super) lease: u64,
 }
 
 /// What the watch wants done after a step.
@@ -151,20 +153,14 @@ impl Watch {
         let old = self.remove(session);
         let mut released: Vec<u64> = Vec::new();
         let loading = old.as_ref().is_some_and(|w| w.loading);
-        // A running chunk reads the old lease's slots: it is kept as long as nothing replaces it.
-        let run = match (new.lease, old.as_ref().and_then(|w| w.run.clone())) {
-            (Some(run), Some(old)) if loading => {
-                released.push(run.lease);
-                Some(old)
-            }
-            (Some(run), old) => {
-                released.extend(old.map(|run| run.lease));
-                Some(run)
-            }
-            (None, old) => old,
-        };
+        // Slots belong to the chain that they were leased for; a running chunk has its lease with it.
+        released.extend(
+            old.as_ref()
+                .and_then(|w| w.run.as_ref())
+                .map(|run| run.lease),
+        );
         if new.wish == Wish::Nothing && !loading {
-            released.extend(run.map(|run| run.lease));
+            released.extend(new.lease.map(|run| run.lease));
             return released;
         }
         for hash in &new.chain {
@@ -177,7 +173,7 @@ impl Watch {
             expected: new.expected,
             hold_until: new.hold_until,
             chain: new.chain,
-            run,
+            run: new.lease,
             asked: None,
             dirty: true,
             deferred: false,
@@ -242,7 +238,7 @@ impl Watch {
         }
     }
 
-    /// A chunk has ended. Returns a lease to give back if the session needs nothing more.
+    /// A chunk has ended. Returns a lease that the session has got meanwhile and does not need.
     pub(super) fn fetched(
         &mut self,
         fetch: &Fetch,
@@ -255,7 +251,12 @@ impl Watch {
         waiting.dirty = true;
         match outcome {
             CopyOutcome::Published => {
-                waiting.fetched.extend(&fetch.positions);
+                let same = |(position, hash): (&u32, &BlockHash)| {
+                    usize::try_from(*position).is_ok_and(|at| waiting.chain.get(at) == Some(hash))
+                };
+                if fetch.positions.iter().zip(&fetch.hashes).all(same) {
+                    waiting.fetched.extend(&fetch.positions);
+                }
                 // Prefix and suffix go to the safe end together, or the prefix would be evicted first.
                 requeue(pool, &waiting.chain);
             }
@@ -329,6 +330,7 @@ impl Watch {
         }
         if self.handed_out >= refresh_blocks(facts.total) {
             self.handed_out = 0;
+            findings.released.extend(self.let_go(now));
             self.plan_refresh(facts, now);
             for waiting in self.table.values_mut() {
                 waiting.dirty = true;
@@ -349,6 +351,28 @@ impl Watch {
             self.room_when_deferred = self.room_when_deferred.min(room);
         }
         findings
+    }
+
+    /// Forgets sessions that were only held, once their hold is over; returns their leases.
+    fn let_go(&mut self, now: Instant) -> Vec<u64> {
+        let over = |w: &Waiting| w.wish == Wish::Keep && w.hold_until <= now && !w.loading;
+        let keys: Vec<u64> = self
+            .table
+            .iter()
+            .filter(|(_, w)| over(w))
+            .map(|(key, _)| *key)
+            .collect();
+        let gone = keys.into_iter().filter_map(|key| {
+            let waiting = self.remove(key)?;
+            let (residence, gpu_blocks) = (Residence::Shadow, waiting.gpu_blocks);
+            self.news.push(SessionNews {
+                session: key,
+                residence,
+                gpu_blocks,
+            });
+            waiting.run.map(|run| run.lease)
+        });
+        gone.collect()
     }
 
     /// Which holds to refresh: nearest expected return first until the budget of unique blocks is spent, re-queued in
@@ -489,7 +513,10 @@ impl Watch {
             return waiting.defer(key, WantOutcome::Deferred, findings);
         };
         let room = facts.free.saturating_sub(facts.reserve + kept);
-        let fetch = waiting.fetch(key, &missing[..count], blocks);
+        let Some(run) = waiting.run.take() else {
+            return;
+        };
+        let fetch = waiting.fetch(key, run, &missing[..count], blocks);
         let whole = end == waiting.chain.len()
             && room >= missing.len()
             && count == missing.len().min(self.limits.chunk);
@@ -581,14 +608,21 @@ impl Waiting {
     /// No room: another look when there is more.
     fn defer(&mut self, key: u64, outcome: WantOutcome, findings: &mut Findings) {
         self.deferred = true;
+        // A lease that waits for room would keep the slots from everybody; the next look asks for a fresh one.
+        findings
+            .released
+            .extend(self.run.take().map(|run| run.lease));
         self.answer(key, outcome, &mut findings.outcomes);
     }
 
-    fn fetch(&mut self, session: u64, positions: &[usize], blocks: Vec<GpuBlock>) -> Fetch {
-        let slots: Vec<SlotId> = positions
-            .iter()
-            .filter_map(|i| self.run.as_ref().and_then(|run| run.slot(*i)))
-            .collect();
+    fn fetch(
+        &mut self,
+        session: u64,
+        run: LeasedRun,
+        positions: &[usize],
+        blocks: Vec<GpuBlock>,
+    ) -> Fetch {
+        let slots: Vec<SlotId> = positions.iter().filter_map(|i| run.slot(*i)).collect();
         assert_eq!(
             slots.len(),
             blocks.len(),
@@ -602,6 +636,7 @@ impl Waiting {
             .collect();
         Fetch {
             session,
+            lease: run.lease,
             hashes: positions.iter().map(|i| self.chain[*i]).collect(),
             positions: positions
                 .iter()

@@ -123,7 +123,7 @@ impl Session {
 /// The session table.
 #[derive(Debug)]
 pub struct Sessions {
-    /// Sessions remembered; beyond it the least recently used one that is neither in a turn nor in a tool goes.
+    /// Sessions remembered; beyond it the least recently used one goes, first those that wait for nothing.
     limit: usize,
     table: HashMap<SessionKey, Session>,
     names: HashMap<SessionName, SessionKey>,
@@ -131,6 +131,7 @@ pub struct Sessions {
     prompts: HashMap<BlockHash, SessionKey>,
     durations: Durations,
     next_key: u64,
+    evicted: Vec<Session>,
 }
 
 impl Sessions {
@@ -143,7 +144,13 @@ impl Sessions {
             prompts: HashMap::new(),
             durations: Durations::default(),
             next_key: 0,
+            evicted: Vec::new(),
         }
+    }
+
+    /// Sessions that had to go for others since the last call: engines may have been told of them.
+    pub fn take_evicted(&mut self) -> Vec<Session> {
+        std::mem::take(&mut self.evicted)
     }
 
     /// The session of that key.
@@ -162,7 +169,7 @@ impl Sessions {
     }
 
     /// A request began. Without a name it joins the session whose last prompt is the longest prefix of this one and
-    /// which is not in a turn, else it begins a session of its own. Returns the session and whether that is new.
+    /// which is not in a turn, else it begins a session of its own.
     ///
     /// # Errors
     /// [`CommandError::TooManySessions`] when all that are remembered are in use.
@@ -542,15 +549,14 @@ impl Sessions {
         now: Instant,
     ) -> Result<SessionKey, CommandError> {
         if self.table.len() >= self.limit {
-            let idle = self
-                .table
-                .values()
-                .filter(|s| !s.is_active() && s.calls.is_empty());
+            // First who waits for nothing; then whoever was heard of least recently: calls may never end.
+            let idle = self.table.values().filter(|s| !s.is_active());
             let oldest = idle
-                .min_by_key(|s| s.last_used)
+                .min_by_key(|s| (!s.calls.is_empty(), s.last_used))
                 .map(|s| s.key)
                 .ok_or(CommandError::TooManySessions)?;
-            self.retire(oldest);
+            let evicted = self.retire(oldest).map(|(session, _)| session);
+            self.evicted.extend(evicted);
         }
         self.next_key += 1;
         let key = SessionKey(self.next_key);

@@ -28,7 +28,9 @@ impl Actor {
             return self.worker_message(key, rank, &message);
         }
         match message {
-            ToSidecar::OpenNamespace { id } => self.open_namespace(key, NamespaceId(id), now),
+            ToSidecar::OpenNamespace { id } => {
+                self.open_namespace(key, sequence, NamespaceId(id), now);
+            }
             ToSidecar::TurnStarted {
                 turn,
                 request,
@@ -117,7 +119,7 @@ impl Actor {
         }
     }
 
-    fn open_namespace(&mut self, key: EngineKey, id: NamespaceId, now: Instant) {
+    fn open_namespace(&mut self, key: EngineKey, sequence: u64, id: NamespaceId, now: Instant) {
         let Some(cut) = &mut self.cut else { return };
         let namespace = match cut.store.open_namespace(id) {
             Ok(namespace) => namespace,
@@ -135,6 +137,8 @@ impl Actor {
             scheduler.namespace = Some(namespace);
             scheduler.id = Some(id);
         }
+        // Before the wants that follow: whatever came earlier speaks of another namespace.
+        self.engines.send(key, sequence, &ToEngine::NamespaceOpen);
         // Sessions of the same weights whose engine is gone belong to this one from now on.
         let connected: HashSet<EngineKey> = self
             .engines
@@ -178,6 +182,14 @@ impl Actor {
             .table
             .get(&key)
             .and_then(|engine| engine.scheduler.as_ref()?.id);
+        // A session that comes from another engine is not wanted there any more.
+        let before = name.as_ref().and_then(|name| self.sessions.find(name));
+        if let Some(before) = before
+            .filter(|s| s.home.is_some_and(|(home, _)| home != key))
+            .cloned()
+        {
+            self.tell_nothing(&before);
+        }
         let started = id.map(|id| self.sessions.turn_started(name, (key, id), &hashes.0, now));
         let session = match started {
             Some(Ok(session)) => Some(session),
