@@ -230,8 +230,10 @@ async fn health(State(api): Shared) -> Result<Json<HealthAnswer>, ApiError> {
 /// All figures in Prometheus' text format.
 #[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain", body = String)))]
 async fn metrics(State(api): Shared) -> Result<Response, ApiError> {
-    // Brings the gauges up to date; a sidecar that is too busy to answer shows those of before.
-    api.handle.status().await.map_or((), drop);
+    // Brings the gauges up to date; a sidecar that cannot answer shows those of before.
+    if let Err(error) = api.handle.status().await {
+        tracing::debug!(%error, "gauges not refreshed");
+    }
     let text = api.handle.metrics().render();
     let text = text.map_err(|_| ApiError::Metrics)?;
     let kind = [(
