@@ -459,29 +459,35 @@ def survey(turns: Iterable[Turn], scheduled: Mapping[str, int], block_tokens: in
     A block is full when ``min(num_computed_tokens, num_tokens)`` covers it: what the steps before this one have
     computed or launched. Requests whose blocks are still being loaded, or that wait, have none.
     """
+    running, loading, size = RequestStatus.RUNNING, RequestStatus.WAITING_FOR_REMOTE_KVS, block_tokens
     result = Survey()
     for turn in turns:
         request = turn.request
         status, tokens, computed = request.status, request.num_tokens, request.num_computed_tokens
-        if status == RequestStatus.RUNNING:
-            step = scheduled.get(request.request_id, 0)
-            has = _blocks(computed + step, block_tokens)
+        if status is running:
+            after = computed + scheduled.get(request.request_id, 0)
+            # Rounded up, in line: this loop runs for every request in every step.
+            has = -(-after // size)
+            need = -(-((tokens if tokens > after else after) + 1 + ahead) // size) - has
             result.running += 1
-            result.handed_out += has - _blocks(computed, block_tokens)
-            result.reserve_blocks += max(0, _blocks(max(tokens, computed + step) + 1 + ahead, block_tokens) - has)
-            full = min(min(computed, tokens) // block_tokens, len(request.block_hashes))
+            result.handed_out += has + -computed // size
+            if need > 0:
+                result.reserve_blocks += need
+            full = (computed if computed < tokens else tokens) // size
             if full > turn.filled:
-                result.filled.append((turn, turn.filled, full))
-                turn.filled = full
-        elif status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+                full = min(full, len(request.block_hashes))
+                if full > turn.filled:
+                    result.filled.append((turn, turn.filled, full))
+                    turn.filled = full
+        elif status is loading:
             result.running += 1
-            result.reserve_blocks += max(0, _blocks(tokens + 1 + ahead, block_tokens) - _blocks(computed, block_tokens))
+            result.reserve_blocks += max(0, _blocks(tokens + 1 + ahead, size) - _blocks(computed, size))
         elif not RequestStatus.is_finished(status):
             if computed == 0:
                 # A preempted request is among these: what it had computed is gone and will fill anew.
                 turn.filled = 0
             result.waiting += 1
-            result.reserve_blocks += _blocks(tokens + 1, block_tokens) - _blocks(computed, block_tokens)
+            result.reserve_blocks += _blocks(tokens + 1, size) - _blocks(computed, size)
     return result
 
 
