@@ -364,7 +364,7 @@ impl Bench {
             // Each request goes on for a while.
             reserve: running / 4,
             handed_out: self.pool.take_handed_out(),
-            mode: StepMode::Running,
+            mode: StepMode::Busy,
         };
         let plan =
             |hooks: &mut SchedulerHooks, pool: &mut SimPool| hooks.plan(step, pool, Instant::now());
@@ -406,7 +406,11 @@ impl Bench {
         let mut quiet = 0;
         until("copies have settled", || {
             self.one_step();
-            quiet = if self.hooks.pending() { 0 } else { quiet + 1 };
+            quiet = if self.hooks.pending(false, Instant::now()) {
+                0
+            } else {
+                quiet + 1
+            };
             quiet > 3
         });
     }

@@ -112,12 +112,13 @@ impl SchedulerHooks {
         pool: &Bound<'py, PyAny>,
         reserve: usize,
         handed_out: usize,
-        paused: bool,
+        activity: &str,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        let mode = if paused {
-            StepMode::Paused
-        } else {
-            StepMode::Running
+        let mode = match activity {
+            "busy" => StepMode::Busy,
+            "idle" => StepMode::Idle,
+            "paused" => StepMode::Paused,
+            _ => return Err(PyValueError::new_err("activity is busy, idle or paused")),
         };
         let mut view = PoolView::new(pool);
         let plan = self.with(|hooks| {
@@ -146,8 +147,9 @@ impl SchedulerHooks {
         Ok(self.with(Hooks::reset)?)
     }
 
-    fn pending(&self) -> bool {
-        self.with(|hooks| hooks.pending()).unwrap_or(false)
+    fn pending(&self, paused: bool) -> bool {
+        self.with(|hooks| hooks.pending(paused, Instant::now()))
+            .unwrap_or(false)
     }
 
     fn copies_in_flight(&self) -> bool {

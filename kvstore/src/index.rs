@@ -16,7 +16,7 @@ use crate::ids::{BlockHash, Epoch, Namespace, NamespaceId, SlotId, Space, low_ha
 /// the rest of a lookup. There is no secret in it: keys are computed by an engine on this machine, which is trusted; a user
 /// who grinds prompts for colliding digests can slow a lookup down, never make it answer wrongly (keys are compared whole).
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct DigestHasher(u64);
+pub struct DigestHasher(u64);
 
 /// 2^64 divided by the golden ratio, odd: the usual multiplier for spreading.
 const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -41,7 +41,10 @@ impl Hasher for DigestHasher {
     }
 }
 
-type Map = HashMap<BlockHash, SlotId, BuildHasherDefault<DigestHasher>>;
+/// Something known of each block, by name.
+pub type DigestMap<T> = HashMap<BlockHash, T, BuildHasherDefault<DigestHasher>>;
+
+type Map = DigestMap<SlotId>;
 
 /// Blocks by name alone.
 pub(crate) type DigestSet = HashSet<BlockHash, BuildHasherDefault<DigestHasher>>;

@@ -56,6 +56,7 @@ pub use ids::{
     BlockHash, Epoch, GpuBlock, LeaseId, Namespace, NamespaceId, Owner, PinId, SlotId, u64_from,
     usize_from, usize_from_u64,
 };
+pub use index::{DigestHasher, DigestMap};
 pub use layout::{BLOCK_TOKENS_MAX, Geometry, RANK_BYTES_MAX, RANKS_MAX, SLOT_ALIGN, slot_offset};
 pub use lease::Term;
 pub use pins::{PIN_TTL_MAX, PINS_MAX};

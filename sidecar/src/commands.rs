@@ -106,8 +106,8 @@ pub struct HintAction {
     pub target: Target,
     /// How long (pin); a default applies if absent.
     pub ttl: Option<Duration>,
-    /// Order among prefetches that compete for room, higher first.
-    pub priority: Option<f64>,
+    /// Order among prefetches that compete for room, higher first; in thousandths.
+    pub priority: i32,
     /// Expected time until the KV is needed.
     pub eta: Option<Duration>,
 }
@@ -236,6 +236,8 @@ pub struct CompatItem {
     pub kv_key: String,
     /// The session it names, if the payload names one (`job_id`).
     pub session: Option<SessionName>,
+    /// Order among prefetches, as in [`HintAction`].
+    pub priority: i32,
     /// Expected time until use.
     pub eta: Option<Duration>,
 }

@@ -1,8 +1,11 @@
 //! The middle of it all: a simulated engine on the real hooks, protocol, store and copies.
 
+use std::time::Instant;
+
 use greenroom_tests::engine::{Engine, chain};
 use greenroom_tests::sidecar::{Sidecar, until};
 use serde_json::json;
+use sidecar::hooks::{GpuPool, StepMode};
 
 const MEMORY: &str = "4MiB";
 /// Blocks of a session: more than holds may protect in a pool of 100.
@@ -192,7 +195,23 @@ fn sessions_that_exceed_the_pool_are_deferred_or_clipped_and_nothing_hangs() {
     let fitting = (1..=4)
         .filter(|id| engine.pool.leading(&session(30, *id)) == 30)
         .count();
-    assert_eq!(fitting, 2, "what fits is there, and stays");
+    let free: Vec<String> = engine
+        .pool
+        .free_list(64)
+        .iter()
+        .map(|hash| {
+            (1..=4)
+                .find_map(|id| {
+                    let at = session(30, id).iter().position(|h| Some(*h) == *hash)?;
+                    Some(format!("s{id}.{at}"))
+                })
+                .unwrap_or_else(|| "-".to_owned())
+        })
+        .collect();
+    assert_eq!(
+        fitting, 2,
+        "what fits is there, and stays: {outcomes:?} {free:?}"
+    );
     // The one that came first goes on: the next in line takes its place.
     engine.turn(Some("s1"), &session(31, 1));
     engine.settle();
@@ -342,4 +361,138 @@ fn a_want_that_crosses_a_reset_is_not_believed() {
         0,
         "old KV is in the cache after the reset"
     );
+}
+
+#[test]
+fn of_sessions_that_are_due_the_one_with_priority_comes_first() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let (low, high) = (session(40, 1), session(40, 2));
+    for (name, chain) in [("low", &low), ("high", &high)] {
+        engine.turn(Some(name), chain);
+        saved(&mut engine, &sidecar, name, BLOCKS);
+        sidecar.post(
+            &format!("/v1/sessions/{name}/tool_start"),
+            &json!({"tool": "bash", "eta_ms": 600_000}),
+        );
+    }
+    engine.reserve = 100;
+    engine.flood(7, 200);
+    engine.reserve = 0;
+    // Nothing may come back before both hints are there.
+    engine.mode = StepMode::Paused;
+    let prefetch = |name: &str, priority: f64| {
+        json!({
+            "action_id": name, "action_type": "kv.prefetch", "action_version": "1.0",
+            "payload": {"target": {"session_id": name}, "priority": priority},
+        })
+    };
+    let actions = [prefetch("low", 0.25), prefetch("high", 0.5)];
+    let envelope = json!({"protocol_version": "1.0", "message_id": "m", "actions": actions});
+    sidecar.post("/v1/hints", &envelope);
+    engine.step();
+    assert_eq!(
+        (engine.pool.leading(&low), engine.pool.leading(&high)),
+        (0, 0)
+    );
+    engine.mode = StepMode::Busy;
+    until("the first is back", || {
+        engine.step();
+        engine.pool.leading(&high) == 40 || engine.pool.leading(&low) == 40
+    });
+    assert!(engine.pool.leading(&low) < 40, "the one with priority");
+}
+
+#[test]
+fn what_arrives_while_the_engine_is_paused_is_done_when_it_goes_on() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let mine = session(40, 1);
+    engine.turn(Some("a"), &mine);
+    saved(&mut engine, &sidecar, "a", BLOCKS);
+    sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
+    engine.reserve = 100;
+    engine.flood(7, 200);
+    engine.settle();
+    engine.reserve = 0;
+    let before = engine.pool.leading(&mine);
+    assert!(before < 40);
+    engine.mode = StepMode::Paused;
+    sidecar.post("/v1/sessions/a/tool_end", &json!({}));
+    let waits = |hooks: &mut sidecar::hooks::SchedulerHooks| {
+        assert!(!hooks.pending(true, Instant::now()), "a pause has an end");
+        hooks.pending(false, Instant::now())
+    };
+    until("the want has arrived", || waits(&mut engine.hooks));
+    engine.step();
+    assert_eq!(
+        engine.pool.leading(&mine),
+        before,
+        "a paused engine starts nothing"
+    );
+    assert!(waits(&mut engine.hooks), "it is not forgotten either");
+    engine.mode = StepMode::Idle;
+    until("the session is back", || {
+        engine.step();
+        engine.pool.leading(&mine) == 40
+    });
+}
+
+/// Blocks that a step of a busy engine may name: what it looks at, what it holds, one chunk, two save jobs.
+const TOUCHED_MAX: usize = 2000;
+
+#[test]
+fn a_long_session_comes_back_in_steps_of_bounded_work() {
+    let sidecar = Sidecar::start("64MiB");
+    let mut engine = Engine::start(&sidecar, "e", 2000);
+    let mine = session(1500, 1);
+    engine.turn(Some("a"), &mine);
+    saved(&mut engine, &sidecar, "a", 1500);
+    sidecar.post(
+        "/v1/sessions/a/tool_start",
+        &json!({"tool": "bash", "eta_ms": 600_000}),
+    );
+    engine.reserve = 2000;
+    engine.flood(7, 2500);
+    engine.settle();
+    engine.reserve = 0;
+    assert!(engine.pool.leading(&mine) < 1500);
+    sidecar.post("/v1/sessions/a/tool_end", &json!({}));
+    let mut most = 0;
+    until("the session is back", || {
+        engine.pool.take_touched();
+        engine.step();
+        most = most.max(engine.pool.take_touched());
+        engine.pool.leading(&mine) == 1500
+    });
+    assert!(most <= TOUCHED_MAX, "{most} blocks in one step");
+    until("it is in order", || {
+        engine.step();
+        !engine.hooks.pending(false, Instant::now())
+    });
+    let free = engine.pool.free_list(2000).into_iter().flatten();
+    let order: Vec<_> = free.filter(|hash| mine.contains(hash)).collect();
+    assert!(
+        order.iter().eq(mine.iter().rev()),
+        "its end would be evicted first"
+    );
+}
+
+#[test]
+fn a_session_that_only_was_held_is_said_to_be_gone_when_it_is() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let mine = session(40, 1);
+    engine.turn(Some("a"), &mine);
+    saved(&mut engine, &sidecar, "a", BLOCKS);
+    let mut seed = 7;
+    until("the hold is over and its blocks are gone", || {
+        seed += 1;
+        engine.flood(seed, 20);
+        sidecar.get("/v1/sessions/a")["state"] == "host"
+    });
+    let left = engine.pool.leading(&mine);
+    assert!(left < 40);
+    engine.settle();
+    assert_eq!(engine.pool.leading(&mine), left, "nobody brings it back");
 }

@@ -67,12 +67,12 @@ fn plan_without_system_calls(sidecar: &Sidecar, progress: &Progress) {
     until("everything is saved and said", || {
         engine.step();
         let saved = engine.hooks.figures().saved_blocks == u64::from(SESSIONS) * 20;
-        saved && !engine.hooks.pending()
+        saved && !engine.hooks.pending(false, Instant::now())
     });
     let step = Step {
         reserve: 0,
         handed_out: 0,
-        mode: StepMode::Running,
+        mode: StepMode::Busy,
     };
     let thread = rustix::thread::gettid().as_raw_nonzero().get();
     progress

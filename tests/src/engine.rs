@@ -71,6 +71,8 @@ pub struct Engine {
     requests: u32,
     /// Blocks that running requests will still need.
     pub reserve: usize,
+    /// Whether it is at work.
+    pub mode: StepMode,
     /// Blocks that came from the arena, by demand or prefetch, and were checked.
     pub reloaded: usize,
 }
@@ -217,6 +219,7 @@ impl Engine {
             invalid: Vec::new(),
             requests: 0,
             reserve: 0,
+            mode: StepMode::Busy,
             reloaded: 0,
         };
         this.until_ready();
@@ -236,7 +239,7 @@ impl Engine {
         let step = Step {
             reserve: self.reserve,
             handed_out: self.pool.take_handed_out(),
-            mode: StepMode::Running,
+            mode: self.mode,
         };
         let plan = self.hooks.plan(step, &mut self.pool, Instant::now());
         let plan = plan
@@ -328,7 +331,7 @@ impl Engine {
     pub fn settle(&mut self) {
         until("copies have settled", || {
             self.step();
-            !self.hooks.pending()
+            !self.hooks.pending(false, Instant::now())
         });
     }
 

@@ -1,6 +1,7 @@
 //! A block pool with the rules of vLLM's: reference counts, a free list in eviction order, a prefix cache by hash.
 //! As in vLLM every call costs as much as the blocks it names, whatever the size of the pool.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use kvstore::{BlockHash, GpuBlock};
@@ -13,6 +14,8 @@ pub struct SimPool {
     cache: HashMap<BlockHash, Vec<u32>>,
     /// Blocks handed out since the last question.
     handed_out: usize,
+    /// Blocks that calls of the hooks have named since the last question.
+    touched: Cell<usize>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -84,6 +87,7 @@ impl SimPool {
             free: FreeList::new(blocks),
             cache: HashMap::new(),
             handed_out: 0,
+            touched: Cell::new(0),
         }
     }
 
@@ -93,6 +97,15 @@ impl SimPool {
             .iter()
             .take_while(|b| b.is_some())
             .count()
+    }
+
+    /// Blocks that calls of the hooks have named since the last question.
+    pub fn take_touched(&mut self) -> usize {
+        self.touched.take()
+    }
+
+    fn touch(&self, blocks: usize) {
+        self.touched.set(self.touched.get() + blocks);
     }
 
     /// Blocks handed out since the last call.
@@ -150,6 +163,7 @@ impl GpuPool for SimPool {
     }
 
     fn lookup(&self, hashes: &[BlockHash]) -> Vec<Option<GpuBlock>> {
+        self.touch(hashes.len());
         hashes
             .iter()
             .map(|hash| self.cache.get(hash).map(|blocks| GpuBlock(blocks[0])))
@@ -157,6 +171,7 @@ impl GpuPool for SimPool {
     }
 
     fn uses(&self, blocks: &[GpuBlock]) -> Vec<BlockUse> {
+        self.touch(blocks.len());
         let of = |b: &GpuBlock| &self.blocks[b.index()];
         blocks
             .iter()
@@ -168,6 +183,7 @@ impl GpuPool for SimPool {
     }
 
     fn free_list(&self, n: usize) -> Vec<Option<BlockHash>> {
+        self.touch(n);
         self.free
             .iter()
             .take(n)
@@ -179,6 +195,7 @@ impl GpuPool for SimPool {
         if n > self.free.len {
             return None;
         }
+        self.touch(n);
         let taken: Vec<u32> = self.free.iter().take(n).collect();
         for number in &taken {
             self.free.remove(*number);
@@ -190,6 +207,7 @@ impl GpuPool for SimPool {
     }
 
     fn reference(&mut self, blocks: &[GpuBlock]) {
+        self.touch(blocks.len());
         for block in blocks {
             if self.blocks[block.index()].references == 0 {
                 self.free.remove(block.0);
@@ -199,6 +217,7 @@ impl GpuPool for SimPool {
     }
 
     fn release(&mut self, blocks: &[GpuBlock]) {
+        self.touch(blocks.len());
         let mut uncached = Vec::new();
         for block in blocks {
             let state = &mut self.blocks[block.index()];
@@ -221,6 +240,7 @@ impl GpuPool for SimPool {
     }
 
     fn publish(&mut self, entries: &[Published]) {
+        self.touch(entries.len());
         for entry in entries {
             if !self.cache.contains_key(&entry.hash) {
                 assert_eq!(self.blocks[entry.block.index()].hash, None);

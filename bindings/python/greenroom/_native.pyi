@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from typing import Protocol, final
+from typing import Literal, Protocol, final
 
 __all__ = ["Mover", "SchedulerHooks", "__version__"]
 
@@ -80,7 +80,9 @@ class SchedulerHooks:
     def turn_ended(self, request: str, hashes: bytes) -> None:
         """A request ended and leaves these full blocks."""
 
-    def plan(self, pool: _GpuPool, reserve: int, handed_out: int, paused: bool) -> bytes | None:
+    def plan(
+        self, pool: _GpuPool, reserve: int, handed_out: int, activity: Literal["busy", "idle", "paused"]
+    ) -> bytes | None:
         """One engine step; what the workers have to do in it, or None."""
 
     def copies_done(self, pool: _GpuPool, report: bytes) -> list[str]:
@@ -93,8 +95,8 @@ class SchedulerHooks:
     def reset(self) -> None:
         """The engine resets its cache: nothing from before may ever be read again."""
 
-    def pending(self) -> bool:
-        """Whether the engine must keep stepping."""
+    def pending(self, paused: bool) -> bool:
+        """Whether the engine must keep stepping; paused, only for copies that run."""
 
     def copies_in_flight(self) -> bool:
         """Whether copies are running."""

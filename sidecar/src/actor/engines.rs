@@ -2,7 +2,7 @@
 
 mod messages;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::Ordering;
 
 use kvstore::{Geometry, Namespace, NamespaceId, Owner};
@@ -65,9 +65,24 @@ pub(super) struct Engine {
     /// Owners of earlier connections: their slots drain until the engine says that it is fenced, or has exited.
     draining: Vec<Owner>,
     requests: HashMap<String, SessionKey>,
+    /// Their ids, the oldest first.
+    request_order: VecDeque<String>,
 }
 
 impl Engine {
+    /// So that hints can name it; the oldest is forgotten for it.
+    fn remember_request(&mut self, request: String, session: SessionKey) {
+        if self.requests.insert(request.clone(), session).is_some() {
+            return;
+        }
+        self.request_order.push_back(request);
+        if self.request_order.len() > REQUESTS_MAX
+            && let Some(oldest) = self.request_order.pop_front()
+        {
+            self.requests.remove(&oldest);
+        }
+    }
+
     pub(super) fn workers_ready(&self) -> u32 {
         u32::try_from(self.workers.values().filter(|worker| worker.ready).count())
             .unwrap_or(u32::MAX)
@@ -304,6 +319,7 @@ impl Actor {
                     let owner = engine.scheduler.take().map(|scheduler| scheduler.owner);
                     engine.draining.extend(owner);
                     engine.requests.clear();
+                    engine.request_order.clear();
                     if let (Some(owner), Some(cut)) = (owner, &mut self.cut) {
                         let effects = cut.store.owner_left(owner);
                         self.count(effects);
@@ -388,6 +404,7 @@ impl Engine {
             processes: HashSet::new(),
             draining: Vec::new(),
             requests: HashMap::new(),
+            request_order: VecDeque::new(),
         }
     }
 }

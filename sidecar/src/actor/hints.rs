@@ -444,8 +444,8 @@ impl Actor {
                 None,
             );
         }
-        self.sessions
-            .expect(key, action.eta.unwrap_or_default(), now);
+        let eta = action.eta.unwrap_or_default();
+        self.sessions.expect(key, eta, action.priority, now);
         // Asked for again before the engine has answered: one answer serves all.
         let told = self
             .wants
@@ -599,7 +599,7 @@ fn compat_action(item: &CompatItem, verb: HintVerb) -> HintAction {
         verb,
         target,
         ttl: None,
-        priority: None,
+        priority: item.priority,
         eta: item.eta,
     }
 }

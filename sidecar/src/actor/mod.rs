@@ -365,6 +365,7 @@ impl Actor {
             session: key.0,
             want: number,
             wish: want.wish,
+            priority: want.priority,
             expected_ms: want
                 .expected
                 .map(|at| to_ms(at.saturating_duration_since(now))),
@@ -566,6 +567,7 @@ fn nothing(session: SessionKey, want: u64) -> ToEngine {
         session: session.0,
         want,
         wish: Wish::Nothing,
+        priority: 0,
         expected_ms: None,
         hold_ms: 0,
         hashes: crate::engine::frames::Hashes::default(),

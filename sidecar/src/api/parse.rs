@@ -149,13 +149,18 @@ fn millis(ms: f64, longest: Duration) -> Option<Duration> {
     (duration <= longest).then_some(duration)
 }
 
-fn priority(field: &str, value: Option<f64>) -> Result<Option<f64>, Fault> {
-    match value {
-        Some(p) if !(-PRIORITY_MAX..=PRIORITY_MAX).contains(&p) => {
-            Err(Fault::new(field, "must lie between -1000000 and 1000000"))
-        }
-        other => Ok(other),
+/// In thousandths: finer differences are not told apart.
+fn priority(field: &str, value: Option<f64>) -> Result<i32, Fault> {
+    let value = value.unwrap_or(0.0);
+    if !(-PRIORITY_MAX..=PRIORITY_MAX).contains(&value) {
+        return Err(Fault::new(field, "must lie between -1000000 and 1000000"));
     }
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "at most a thousand million either way"
+    )]
+    let thousandths = (value * 1000.0).round() as i32;
+    Ok(thousandths)
 }
 
 fn whole<T, const MAX: usize>(
@@ -447,7 +452,7 @@ pub fn compat_prefetch(bytes: &[u8]) -> Result<Vec<CompatItem>, ApiError> {
     let mut items = Vec::with_capacity(hints.len() + keys.len());
     for (position, Object(hint)) in hints.into_iter().enumerate() {
         let field = |name: &str| format!("hints[{position}].{name}");
-        priority(&field("priority"), hint.priority)?;
+        let priority = priority(&field("priority"), hint.priority)?;
         let eta_field = field("eta_seconds");
         let eta = match hint.eta_seconds.map(|s| millis(s * 1000.0, ETA_MAX)) {
             Some(None) => {
@@ -460,6 +465,7 @@ pub fn compat_prefetch(bytes: &[u8]) -> Result<Vec<CompatItem>, ApiError> {
         items.push(CompatItem {
             kv_key: id(&field("kv_key"), &hint.kv_key, ID_MAX)?,
             session: Some(session(&field("job_id"), &hint.job_id)?),
+            priority,
             eta,
         });
     }
@@ -482,6 +488,7 @@ fn compat_keys(keys: Vec<String>) -> Result<Vec<CompatItem>, Fault> {
         Ok(CompatItem {
             kv_key: id(&format!("kv_keys[{position}]"), &key, ID_MAX)?,
             session: None,
+            priority: 0,
             eta: None,
         })
     };

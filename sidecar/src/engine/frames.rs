@@ -173,6 +173,8 @@ pub struct Hello {
 pub struct CopySample {
     /// Which kind of copy.
     pub kind: CopyClass,
+    /// Every rank has copied everything.
+    pub ok: bool,
     /// Bytes moved, all ranks.
     pub bytes: u64,
     /// From submission to completion of the slowest rank.
@@ -437,6 +439,8 @@ pub enum ToEngine {
         want: u64,
         /// How much.
         wish: Wish,
+        /// In thousandths: of two sessions that are due, the one with the higher priority comes first.
+        priority: i32,
         /// Milliseconds until it is expected back; `None`: nobody knows.
         expected_ms: Option<u32>,
         /// Milliseconds from now that its blocks should be held.

@@ -50,7 +50,8 @@ impl SchedulerHooks {
         self.connection.outbox = None;
         self.connection.workers_ready = false;
         self.saves.disconnect();
-        self.watch.disconnect();
+        // Void with the connection: there is nobody to give them back to.
+        self.watch.clear();
         for turn in self.turns.iter_mut() {
             turn.lookup = Lookup::Idle;
             turn.session = None;
@@ -113,6 +114,7 @@ impl SchedulerHooks {
                 session,
                 want,
                 wish,
+                priority,
                 expected_ms,
                 hold_ms,
                 hashes,
@@ -125,6 +127,7 @@ impl SchedulerHooks {
                 let new = NewWant {
                     want,
                     wish,
+                    priority,
                     expected: expected_ms.map(|ms| now + millis(ms)),
                     hold_until: now + millis(hold_ms),
                     chain: hashes.0,
@@ -135,7 +138,7 @@ impl SchedulerHooks {
                         expires,
                     }),
                 };
-                let released = self.watch.want(session, new);
+                let released = self.watch.want(session, new, now);
                 self.release(&released);
             }
             ToEngine::NamespaceOpen => {}

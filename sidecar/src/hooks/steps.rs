@@ -159,6 +159,7 @@ impl SchedulerHooks {
             &mut self.figures.copies,
             CopySample {
                 kind,
+                ok: !job.failed,
                 bytes: job.bytes,
                 micros: job.micros,
             },
@@ -195,8 +196,10 @@ impl SchedulerHooks {
                 } else {
                     CopyOutcome::Lost
                 };
-                self.finish_fetch(&fetch, outcome, pool);
-                self.release(Some(fetch.lease).filter(|_| same).as_slice());
+                let released = self.finish_fetch(&fetch, outcome, pool);
+                if same {
+                    self.release(&released);
+                }
                 None
             }
             Work::Save { lease, blocks, .. } => {
@@ -212,7 +215,13 @@ impl SchedulerHooks {
         }
     }
 
-    fn finish_fetch(&mut self, fetch: &Fetch, outcome: CopyOutcome, pool: &mut dyn GpuPool) {
+    /// Returns leases to give back.
+    fn finish_fetch(
+        &mut self,
+        fetch: &Fetch,
+        outcome: CopyOutcome,
+        pool: &mut dyn GpuPool,
+    ) -> Vec<u64> {
         if outcome == CopyOutcome::Published {
             let entries = fetch.blocks.iter().zip(&fetch.hashes).zip(&fetch.positions);
             let entries: Vec<Published> = entries
@@ -230,7 +239,6 @@ impl SchedulerHooks {
         let mut blocks = fetch.blocks.clone();
         blocks.reverse();
         pool.release(&blocks);
-        let released = self.watch.fetched(fetch, outcome, pool);
-        self.release(released.as_slice());
+        self.watch.fetched(fetch, outcome)
     }
 }

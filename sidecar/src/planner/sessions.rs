@@ -49,6 +49,8 @@ enum Expected {
         since: Instant,
         /// When it is expected.
         at: Instant,
+        /// See [`Want::priority`].
+        priority: i32,
     },
 }
 
@@ -83,6 +85,8 @@ pub struct Session {
 pub struct Want {
     /// How much.
     pub wish: Wish,
+    /// Order among sessions that are due, higher first; in thousandths.
+    pub priority: i32,
     /// When it is expected back.
     pub expected: Option<Instant>,
     /// How long from now its blocks should be held.
@@ -411,18 +415,20 @@ impl Sessions {
             session.expected = Expected::Due {
                 since: now,
                 at: now,
+                priority: 0,
             };
         }
         session.last_used = now;
         Ok(key)
     }
 
-    /// A prefetch hint: the session is due.
-    pub fn expect(&mut self, key: SessionKey, eta: Duration, now: Instant) {
+    /// A prefetch hint: the session is due in `eta`, and comes before others of a lower `priority`.
+    pub fn expect(&mut self, key: SessionKey, eta: Duration, priority: i32, now: Instant) {
         if let Some(session) = self.table.get_mut(&key) {
             session.expected = Expected::Due {
                 since: now,
                 at: now + eta,
+                priority,
             };
             session.last_used = now;
         }
@@ -475,6 +481,7 @@ impl Sessions {
     pub fn want(&self, key: SessionKey, now: Instant) -> Want {
         const NOTHING: Want = Want {
             wish: Wish::Nothing,
+            priority: 0,
             expected: None,
             hold: Duration::ZERO,
         };
@@ -490,12 +497,17 @@ impl Sessions {
             .map_or(HOLD_MAX, |at| now.saturating_duration_since(at));
         let hold = |longest: Duration| longest.saturating_sub(since_turn);
         match session.expected {
-            Expected::Due { since, at } => {
+            Expected::Due {
+                since,
+                at,
+                priority,
+            } => {
                 if now.saturating_duration_since(since.max(at)) >= DUE_MAX {
                     return NOTHING;
                 }
                 Want {
                     wish: Wish::Now,
+                    priority,
                     expected: Some(at),
                     hold: at.saturating_duration_since(now) + HOLD_MAX,
                 }
@@ -503,11 +515,13 @@ impl Sessions {
             Expected::Unknown if session.waits_for_person() => NOTHING,
             Expected::Unknown if !session.calls.is_empty() => Want {
                 wish: Wish::WhenRoom,
+                priority: 0,
                 expected: self.expected_return(key, now),
                 hold: hold(HOLD_MAX),
             },
             Expected::Unknown => Want {
                 wish: Wish::Keep,
+                priority: 0,
                 expected: None,
                 hold: hold(HOLD_UNKNOWN),
             },
@@ -517,7 +531,7 @@ impl Sessions {
     /// When a want changes by the mere passing of time: the end of a due session's patience.
     pub fn next_change(&self, key: SessionKey) -> Option<Instant> {
         match self.table.get(&key)?.expected {
-            Expected::Due { since, at } => Some(since.max(at) + DUE_MAX),
+            Expected::Due { since, at, .. } => Some(since.max(at) + DUE_MAX),
             Expected::Unknown => None,
         }
     }
@@ -691,7 +705,7 @@ mod tests {
     fn a_due_session_that_does_not_come_is_given_up() {
         let mut w = World::new();
         let key = w.turn(Some("a"), &[1]);
-        w.sessions.expect(key, Duration::ZERO, w.now);
+        w.sessions.expect(key, Duration::ZERO, 0, w.now);
         assert_eq!(w.wish(key), Wish::Now);
         let change = w.sessions.next_change(key).unwrap();
         assert_eq!(w.sessions.want(key, change).wish, Wish::Nothing);

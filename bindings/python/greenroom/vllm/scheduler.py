@@ -101,7 +101,8 @@ class SchedulerSide:
         for turn, start, end in survey.filled:
             request = turn.request
             self._hooks.blocks_filled(request.request_id, end, b"".join(request.block_hashes[start:end]))
-        plan = self._hooks.plan(self._pool, survey.reserve_blocks, survey.handed_out, self._around.paused())
+        activity = "paused" if self._around.paused() else "busy" if survey.running + survey.waiting else "idle"
+        plan = self._hooks.plan(self._pool, survey.reserve_blocks, survey.handed_out, activity)
         return StepMetadata(plan=plan or b"", computes=output.total_num_scheduled_tokens > 0)
 
     def take_output(self, output: Any) -> None:
@@ -116,7 +117,7 @@ class SchedulerSide:
 
     def has_pending_work(self) -> bool:
         """Whether vLLM must keep stepping although it has no request to run."""
-        return self._hooks.pending() or (self._around.must_poll and time.monotonic() < self._poll_until)
+        return self._hooks.pending(self._around.paused()) or (self._around.must_poll and time.monotonic() < self._poll_until)
 
     def holds_blocks(self) -> bool:
         """Whether blocks become free by waiting a step."""

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use kvstore::{LeaseId, Namespace, NamespaceId, Owner, Term};
 
-use super::{ConnectionId, REQUESTS_MAX};
+use super::ConnectionId;
 use crate::actor::{Actor, to_ms};
 use crate::commands::{CommandError, SessionName};
 use crate::engine::frames::{CopyClass, Figures, Hashes, Hook, Role, ToEngine, ToSidecar};
@@ -200,10 +200,7 @@ impl Actor {
             if let Some(scheduler) = &mut engine.scheduler {
                 scheduler.turns.insert(turn, session);
             }
-            if engine.requests.len() >= REQUESTS_MAX {
-                engine.requests.clear();
-            }
-            engine.requests.insert(request, session);
+            engine.remember_request(request, session);
         }
         let (lease, slots) = self.lease_for(key, hashes, now);
         let ttl_ms = to_ms(self.config.lease_ttl);
@@ -328,12 +325,12 @@ impl Actor {
                 CopyClass::Prefetch => (CopyDirection::HostToDevice, CopyCause::Prefetch),
                 CopyClass::Save => (CopyDirection::DeviceToHost, CopyCause::Save),
             };
-            metrics.copied(
-                direction,
-                cause,
-                copy.bytes,
-                Duration::from_micros(copy.micros),
-            );
+            if copy.ok {
+                let took = Duration::from_micros(copy.micros);
+                metrics.copied(direction, cause, copy.bytes, took);
+            } else {
+                metrics.copy_failed(direction, cause);
+            }
         }
         for sample in &figures.hooks {
             let hook = match sample.hook {

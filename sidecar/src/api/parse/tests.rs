@@ -54,7 +54,7 @@ fn a_well_formed_envelope_becomes_commands() {
     );
     assert!(matches!(&first.target, Target::Session(name) if name.as_str() == "agent-7"));
     assert_eq!(first.eta, Some(Duration::from_micros(250_500)));
-    assert_eq!((first.priority, first.ttl), (Some(-2.0), None));
+    assert_eq!((first.priority, first.ttl), (-2000, None));
 }
 
 #[test]
