@@ -24,7 +24,7 @@ export PYO3_PYTHON := $(abspath $(TOOLS)/bin/python)
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # ---- for users
 
@@ -60,9 +60,9 @@ check: lint check-rust check-python ## the inner loop, without vLLM
 lint: $(TOOLS)/.ready ## format and lints of Rust and Python, nothing is changed
 	cargo fmt --all --check
 	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
-	$(TOOLS)/bin/ruff check --quiet tests/python bindings
-	$(TOOLS)/bin/ruff format --quiet --check tests/python bindings
-	MYPYPATH=bindings/python $(TOOLS)/bin/mypy --config-file tests/python/pyproject.toml tests/python
+	$(TOOLS)/bin/ruff check --quiet tests/python benches/serving bindings
+	$(TOOLS)/bin/ruff format --quiet --check tests/python benches/serving bindings
+	MYPYPATH=bindings/python:tests/python:benches $(TOOLS)/bin/mypy --config-file tests/python/pyproject.toml tests/python benches/serving
 	if [ -d bindings/python ]; then cd bindings && ../$(TOOLS)/bin/mypy; fi
 
 .PHONY: check-rust
@@ -88,15 +88,24 @@ gpu-check: ## the tests that need a GPU (fails with REQUIRE_GPU=1 where they can
 
 .PHONY: bench
 bench: ## the benchmarks in benches/; figures as JSON in target/bench-*.json
-	for name in store hooks copy; do \
+	cargo build $(CARGO_FLAGS) --release -p greenroom-sidecar --bin greenroom
+	for name in store hooks copy sidecar; do \
 	  cargo run $(CARGO_FLAGS) --release -p greenroom-benches --bin bench-$$name -- --json target/bench-$$name.json; \
 	done
+
+.PHONY: bench-serving
+bench-serving: install ## hint → copy, and throughput with nothing to reuse, on real vLLM (≤ 15 minutes); JSON as of `bench`
+	status=0; \
+	for name in hint-latency throughput; do \
+	  PYTHONPATH=tests/python:benches .venv/bin/python -m serving $$name --json target/bench-$$name.json || status=1; \
+	done; \
+	exit $$status
 
 .PHONY: fmt
 fmt: $(TOOLS)/.ready ## format Rust and Python
 	cargo fmt --all
-	$(TOOLS)/bin/ruff check --quiet --fix-only tests/python bindings
-	$(TOOLS)/bin/ruff format --quiet tests/python bindings
+	$(TOOLS)/bin/ruff check --quiet --fix-only tests/python benches/serving bindings
+	$(TOOLS)/bin/ruff format --quiet tests/python benches/serving bindings
 
 .PHONY: lock
 lock: $(TOOLS)/.ready ## resolve the Python requirements anew

@@ -8,6 +8,7 @@
 
 #![allow(unsafe_code, reason = "the comparison is a memcpy between raw memory")]
 
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,7 +17,7 @@ use cuda::{
     ArenaId, ArenaShard, ComputeMark, CopyKind, CopyLimits, CopyThread, DevicePool, DeviceRegion,
     Direction, HostEngine, Job, JobEnd, JobId, Outcome,
 };
-use greenroom_benches::{Options, Random, Result, Samples, round};
+use greenroom_benches::{Bar, Limit, Options, Random, Result, Samples, judge, round};
 use kvstore::{ArenaFile, ArenaMap, GpuBlock, PageSize, SlotId, u64_from, usize_from_u64};
 use serde_json::{Value, json};
 
@@ -37,6 +38,8 @@ const POOL_BYTES: u64 = 256 << 20;
 const ROW_BYTES: u64 = 1 << 30;
 const REPEATS_MAX: u64 = 400;
 const LATENCY_SAMPLES: u64 = 5000;
+/// Jobs from this size on are judged.
+const CHUNK_BYTES: u64 = 8 << 20;
 const ARENA: ArenaId = ArenaId(1);
 
 fn main() -> Result<()> {
@@ -54,7 +57,7 @@ fn main() -> Result<()> {
                 for kind in [CopyKind::Demand, CopyKind::Save] {
                     let row = bench.measure(kind, order, &options)?;
                     options.say(&row.line());
-                    rows.push(row.json());
+                    rows.push(row);
                 }
             }
         }
@@ -63,7 +66,28 @@ fn main() -> Result<()> {
     options.say(&format!(
         "one 4 KiB job, submit to end seen by its caller: {latency} us"
     ));
-    options.write(json!({"rows": rows, "latency_us": latency}))
+    let bars = [
+        bar(&rows, "32 KiB", 32 * KIB..256 * KIB, 0.9),
+        bar(&rows, "256 KiB", 256 * KIB..u64::MAX, 0.95),
+    ];
+    let bars = judge(&options, &bars);
+    let rows: Value = rows.iter().map(Row::json).collect();
+    options.write(json!({"rows": rows, "latency_us": latency, "bars": bars}))
+}
+
+/// The median ratio of the rows with ranges of these sizes, of jobs as large as a chunk that the hooks ship; what a
+/// smaller job costs besides its bytes is the latency, which is measured apart.
+fn bar(rows: &[Row], from: &str, sizes: Range<u64>, least: f64) -> Bar {
+    let judged = rows
+        .iter()
+        .filter(|row| sizes.contains(&row.range_bytes))
+        .filter(|row| row.range_bytes * u64::from(row.ranges) >= CHUNK_BYTES);
+    let ratios = judged.map(|row| row.plain_seconds / row.seconds).collect();
+    Bar {
+        name: format!("ratio to memcpy, ranges from {from}, jobs from 8 MiB (median of rows)"),
+        value: Samples::new(ratios).median(),
+        limit: Limit::AtLeast(least),
+    }
 }
 
 #[derive(Clone, Copy)]

@@ -16,7 +16,16 @@ from demo import report
 from demo.arms import FLOOD_AGENTS, Greenroom, Plain, Plan, Sample
 from support.make_model import kv_bytes_per_token
 from support.paths import ROOT
-from support.servers import Rig, Sidecar, VllmConfig, VllmServer, greenroom_transfer_config, model_folder, vllm_version
+from support.servers import (
+    Rig,
+    Sidecar,
+    VllmConfig,
+    VllmServer,
+    compute_cores,
+    greenroom_transfer_config,
+    model_folder,
+    vllm_version,
+)
 
 EXTRA_ROUNDS = 6
 """Rounds beyond those asked for, to make up for invalid samples."""
@@ -117,6 +126,7 @@ def main() -> int:
             "model": json.loads((folder / "config.json").read_text()),
             "prompt_tokens": plan.prompt_tokens,
             "pool_blocks": pool,
+            "compute_cores": compute_cores(),
             "flood": f"{FLOOD_AGENTS} agents at once, {FLOOD_TOKENS} tokens each",
             "arena": memory,
         },

@@ -153,6 +153,16 @@ def greenroom_transfer_config(connector: Connector = Connector(), **extra: Any) 
     }
 
 
+def compute_cores() -> str:
+    """All cores but the last, which is left to vLLM's scheduler and front end: what stock vLLM chooses by itself.
+
+    With a connector of any kind vLLM's CPU build reserves one core more, and on a machine of two then none at all: its
+    compute threads fight with its scheduler. Servers that are compared must not differ in that.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    return ",".join(map(str, cores[:-1] or cores))
+
+
 def model_folder(model: str) -> Path:
     """The folder of a preset, made if need be, or the folder that the name is."""
     if model in PRESETS:
@@ -206,6 +216,7 @@ class VllmServer:
         env.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", VLLM_CPU_KVCACHE_SPACE="1")
         # 0.26 seeds its block hashes from this; without it nothing matches after a restart.
         env.setdefault("PYTHONHASHSEED", "0")
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", compute_cores())
         if self.config.dev_mode:
             env["VLLM_SERVER_DEV_MODE"] = "1"
         env.update(self.config.env)

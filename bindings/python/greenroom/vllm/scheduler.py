@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import Any, Literal
 
 from greenroom._native import SchedulerHooks
 from greenroom.vllm import compat, namespace
@@ -101,9 +101,13 @@ class SchedulerSide:
         for turn, start, end in survey.filled:
             request = turn.request
             self._hooks.blocks_filled(request.request_id, end, b"".join(request.block_hashes[start:end]))
-        activity = "paused" if self._around.paused() else "busy" if survey.running + survey.waiting else "idle"
-        plan = self._hooks.plan(self._pool, survey.reserve_blocks, survey.handed_out, activity)
+        plan = self._hooks.plan(self._pool, survey.reserve_blocks, survey.handed_out, self._activity(survey))
         return StepMetadata(plan=plan or b"", computes=output.total_num_scheduled_tokens > 0)
+
+    def _activity(self, survey: compat.Survey) -> Literal["busy", "idle", "paused"]:
+        if self._around.paused():
+            return "paused"
+        return "busy" if survey.running + survey.waiting else "idle"
 
     def take_output(self, output: Any) -> None:
         """The workers' reports: loads that have ended are handed on to vLLM."""
@@ -117,7 +121,8 @@ class SchedulerSide:
 
     def has_pending_work(self) -> bool:
         """Whether vLLM must keep stepping although it has no request to run."""
-        return self._hooks.pending(self._around.paused()) or (self._around.must_poll and time.monotonic() < self._poll_until)
+        polls = self._around.must_poll and time.monotonic() < self._poll_until
+        return polls or self._hooks.pending(self._around.paused())
 
     def holds_blocks(self) -> bool:
         """Whether blocks become free by waiting a step."""
