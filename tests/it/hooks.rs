@@ -108,6 +108,11 @@ fn a_person_is_not_waited_for_with_blocks() {
         engine.step();
     }
     assert_eq!(engine.pool.leading(&mine), 0);
+    until("it is said to be gone", || {
+        engine.flood(8, 20);
+        let view = sidecar.get("/v1/sessions/a");
+        view["state"] == "host" && view["blocks"]["gpu"] == 0
+    });
 }
 
 #[test]

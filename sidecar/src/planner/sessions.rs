@@ -485,6 +485,11 @@ impl Sessions {
             expected: None,
             hold: Duration::ZERO,
         };
+        /// Neither held nor brought back; the engine says when its blocks are gone.
+        const LOOKED_AFTER: Want = Want {
+            wish: Wish::Keep,
+            ..NOTHING
+        };
         let Some(session) = self
             .table
             .get(&key)
@@ -503,7 +508,7 @@ impl Sessions {
                 priority,
             } => {
                 if now.saturating_duration_since(since.max(at)) >= DUE_MAX {
-                    return NOTHING;
+                    return LOOKED_AFTER;
                 }
                 Want {
                     wish: Wish::Now,
@@ -512,7 +517,7 @@ impl Sessions {
                     hold: at.saturating_duration_since(now) + HOLD_MAX,
                 }
             }
-            Expected::Unknown if session.waits_for_person() => NOTHING,
+            Expected::Unknown if session.waits_for_person() => LOOKED_AFTER,
             Expected::Unknown if !session.calls.is_empty() => Want {
                 wish: Wish::WhenRoom,
                 priority: 0,
@@ -708,7 +713,8 @@ mod tests {
         w.sessions.expect(key, Duration::ZERO, 0, w.now);
         assert_eq!(w.wish(key), Wish::Now);
         let change = w.sessions.next_change(key).unwrap();
-        assert_eq!(w.sessions.want(key, change).wish, Wish::Nothing);
+        let want = w.sessions.want(key, change);
+        assert_eq!((want.wish, want.hold), (Wish::Keep, Duration::ZERO));
     }
 
     #[test]
@@ -718,7 +724,8 @@ mod tests {
         w.sessions
             .tool_start(&name("a").unwrap(), start("AskUserQuestion"), w.now)
             .unwrap();
-        assert_eq!(w.wish(key), Wish::Nothing);
+        let want = w.sessions.want(key, w.now);
+        assert_eq!((want.wish, want.hold), (Wish::Keep, Duration::ZERO));
         assert_eq!(w.sessions.expected_return(key, w.now), None);
         w.sessions.retire(key).unwrap();
         assert_eq!(w.wish(key), Wish::Nothing);

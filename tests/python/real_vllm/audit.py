@@ -19,6 +19,7 @@ class Saved:
 
     block_hash: str
     digest: str
+    """Of each rank's shard, in the order of the ranks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,12 @@ class _Job:
     kind: str
     slots: list[Slot]
     hashes: list[str] | None
-    digests: list[str] | None = None
+    ranks: int
+    saving: dict[int, list[str]] = dataclasses.field(default_factory=dict)
+    """What each rank was about to save."""
+    ended: dict[int, list[str] | None] = dataclasses.field(default_factory=dict)
+    """What each rank that has reported had brought back: None of a save, and of what failed."""
+    ok: bool = True
     found: list[Saved | None] = dataclasses.field(default_factory=list)
     """What the slots held when a load ended."""
 
@@ -99,38 +105,41 @@ class _Judge:
         elif event == "planned":
             slots = [(record["boot"], slot) for slot in record["slots"]]
             self.audit.spans[name] = (at, math.inf)
-            self.jobs[name] = _Job(record["kind"], slots, record["hashes"])
+            self.jobs[name] = _Job(record["kind"], slots, record["hashes"], record["ranks"])
             if record["kind"] == "save":
                 for slot in slots:
                     # From here on nobody may read it.
                     self.content.pop(slot, None)
         elif event == "saving":
-            self.jobs[name].digests = record["digests"]
+            self.jobs[name].saving[record["rank"]] = record["digests"]
         elif event == "ended":
-            self._ended(name, at, record["ok"], record["digests"])
+            job = self.jobs[name]
+            job.ok &= record["ok"]
+            job.ended[record["rank"]] = record["digests"]
+            if len(job.ended) == job.ranks:
+                self._ended(name, at, job)
         elif event == "published":
             self._published(name, at, record["hashes"])
 
-    def _ended(self, name: tuple[str, int], at: float, ok: bool, digests: list[str] | None) -> None:
-        job = self.jobs[name]
+    def _ended(self, name: tuple[str, int], at: float, job: _Job) -> None:
+        """The last rank has reported."""
         self.audit.spans[name] = (self.audit.spans[name][0], at)
-        if job.kind != "prefetch" or not ok:
+        if job.kind != "prefetch" or not job.ok:
             # A prefetch that ended well is published afterwards.
             del self.jobs[name]
-        if not ok:
+        if not job.ok:
             self.audit.failed_jobs[job.kind] = self.audit.failed_jobs.get(job.kind, 0) + 1
         elif job.kind == "save":
             assert job.hashes is not None
-            if job.digests is None:
+            if len(job.saving) < job.ranks:
                 self.audit.problems.append(f"save {name} ended and never started")
                 return
-            for slot, block_hash, digest in zip(job.slots, job.hashes, job.digests, strict=True):
+            for slot, block_hash, digest in zip(job.slots, job.hashes, _whole(job.saving), strict=True):
                 self.content[slot] = Saved(block_hash, digest)
             self.audit.saved_blocks += len(job.slots)
         else:
-            assert digests is not None
             job.found = [self.content.get(slot) for slot in job.slots]
-            for slot, digest, found in zip(job.slots, digests, job.found, strict=True):
+            for slot, digest, found in zip(job.slots, _whole(job.ended), job.found, strict=True):
                 if found is None:
                     self.audit.problems.append(f"{job.kind} {name} read {slot}, which holds no finished save")
                 elif found.digest != digest:
@@ -156,6 +165,12 @@ class _Judge:
                     f"{job.kind} {name} took {slot} for {block_hash}, and {found.block_hash} was saved there"
                 )
             self.audit.loads.append(Loaded(at, job.kind, block_hash))
+
+
+def _whole(shards: Mapping[int, list[str] | None]) -> list[str]:
+    """The digests of blocks out of those of their shards."""
+    by_rank = [shards[rank] or [] for rank in sorted(shards)]
+    return ["/".join(block) for block in zip(*by_rank, strict=True)]
 
 
 def judge(records: Iterable[Mapping[str, Any]]) -> Audit:

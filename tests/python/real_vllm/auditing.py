@@ -10,6 +10,8 @@ not at Greenroom's addresses, plans are decoded apart.
   as they are theirs: the arena must get these bytes. (Not when the copy is reported: a fenced save may have ended well
   before its blocks were given away, and they hold other bytes by then.)
 * A load is digested when its end is reported: the blocks are still kept for the request, or for the prefetch.
+
+Each rank digests its own shards and says which rank it is.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class AuditingConnector(GreenroomConnector):
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         self._witness = Witness(os.environ["GREENROOM_AUDIT"], vllm_config.kv_transfer_config.engine_id)
+        self._parallel = vllm_config.parallel_config
         self._blocks_total = kv_cache_config.num_blocks
         self._pool: Any = None
         self._caches: list[Any] = []
@@ -91,7 +94,10 @@ class AuditingConnector(GreenroomConnector):
         return super().reset_cache()
 
     def _planned(self, job: Job, hashes: list[str] | None) -> None:
-        self._witness.say("planned", job=job.id, kind=job.kind, boot=job.boot, slots=job.slots, hashes=hashes)
+        ranks = self._parallel.tensor_parallel_size
+        self._witness.say(
+            "planned", job=job.id, kind=job.kind, boot=job.boot, slots=job.slots, hashes=hashes, ranks=ranks
+        )
 
     def _published(self, hashes: dict[int, bytes]) -> None:
         """A prefetch has ended: only now is it known in vLLM's terms what its blocks hold."""
@@ -124,13 +130,14 @@ class AuditingConnector(GreenroomConnector):
         for ended in [one for report in (reports.reports if reports else ()) for one in read_report(report)]:
             job = self._jobs.pop(ended.id)
             digests = None if job.kind == "save" or not ended.ok else [self._digest(block) for block in job.blocks]
-            self._witness.say("ended", job=job.id, ok=ended.ok, digests=digests)
+            self._witness.say("ended", job=job.id, rank=self._parallel.rank, ok=ended.ok, digests=digests)
         return reports
 
     def _digest_starting(self) -> None:
         starting, self._starting = self._starting, []
         for job in starting:
-            self._witness.say("saving", job=job.id, digests=[self._digest(block) for block in job.blocks])
+            digests = [self._digest(block) for block in job.blocks]
+            self._witness.say("saving", job=job.id, rank=self._parallel.rank, digests=digests)
 
     def _digest(self, block: int) -> str:
         """Of all that vLLM's tensors hold of this block."""

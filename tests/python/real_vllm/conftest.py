@@ -10,7 +10,17 @@ import pytest
 from real_vllm.audit import Follower
 from real_vllm.rigs import AUDIT_LOG
 
-ORDER = ("test_audit", "test_answers", "test_pressure", "test_death", "test_idle", "test_embedded", "test_026")
+ORDER = (
+    "test_audit",
+    "test_answers",
+    "test_pressure",
+    "test_death",
+    "test_lora",
+    "test_two_ranks",
+    "test_idle",
+    "test_embedded",
+    "test_026",
+)
 """Tests of one engine follow each other, and those that kill it come last: that saves starts."""
 
 

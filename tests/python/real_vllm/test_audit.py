@@ -25,7 +25,7 @@ def test_plan_and_report_are_read_as_postcard_writes_them() -> None:
 
 
 def record(event: str, **fields: Any) -> dict[str, Any]:
-    return {"event": event, "engine": "e", "at": 1.0, **fields}
+    return {"event": event, "engine": "e", "at": 1.0, "rank": 0, "ranks": 1, **fields}
 
 
 def saved(job: int, slots: list[int], hashes: list[str], digests: list[str], ok: bool = True) -> list[dict[str, Any]]:
@@ -80,6 +80,30 @@ def test_a_save_that_is_not_finished_must_not_be_read() -> None:
     assert "no finished save" in judged(whole, half, load).problems[0]
     assert "no finished save" in judged(saved(1, [3], ["a"], ["x"], ok=False), load).problems[0]
     assert judged(whole, half).running() == 1
+
+
+def of_both(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One job of two ranks: what is said of it, then what each rank says, the second one last."""
+    planned, *ranks = [{**first[0], "ranks": 2}, *first[1:], *({**one, "rank": 1} for one in second[1:])]
+    said = [one for one in ranks if one["event"] != "published"]
+    return [planned, *said, *(one for one in second if one["event"] == "published")]
+
+
+@pytest.mark.parametrize("load", [loaded, prefetched])
+def test_each_rank_answers_for_its_own_shard(load: Any) -> None:
+    save = of_both(saved(1, [3], ["a"], ["x"]), saved(1, [3], ["a"], ["y"]))
+    fine = judged(save, of_both(load(2, [3], ["a"], ["x"]), load(2, [3], ["a"], ["y"])))
+    assert (fine.problems, fine.saved_blocks, len(fine.loads)) == ([], 1, 1)
+    swapped = judged(save, of_both(load(2, [3], ["a"], ["y"]), load(2, [3], ["a"], ["x"])))
+    assert "where x/y was saved" in swapped.problems[0]
+
+
+def test_a_save_is_finished_when_its_last_rank_is() -> None:
+    save = of_both(saved(1, [3], ["a"], ["x"]), saved(1, [3], ["a"], ["y"]))
+    load = of_both(loaded(2, [3], ["a"], ["x"]), loaded(2, [3], ["a"], ["y"]))
+    assert "no finished save" in judged(save[:-1], load).problems[0]
+    failed = of_both(saved(1, [3], ["a"], ["x"]), saved(1, [3], ["a"], ["y"], ok=False))
+    assert "no finished save" in judged(failed, load).problems[0]
 
 
 def test_a_load_that_failed_proves_nothing() -> None:

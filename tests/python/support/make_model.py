@@ -1,7 +1,8 @@
-"""Writes a small random Llama model: real weights, a tokenizer trained on the spot, a chat template.
+"""Writes a small random Llama model: real weights, a tokenizer trained on the spot, a chat template. And LoRA adapters.
 
 The same arguments give the same bytes. The weights are scaled so that attention is peaked and the output layer is not
 tied to the embedding: what the model says depends on the whole context, and KV with wrong bytes shows in the tokens.
+An adapter changes keys and values as much as the model's own weights make them differ: so does its KV.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ ATTENTION_GAIN = 1.6
 
 LOGIT_GAIN = 2.0
 """Standard deviation of the logits: keeps the two best tokens apart by far more than float noise."""
+
+ADAPTER_GAIN = 1.0
+"""Standard deviation of what an adapter adds to keys and values: as large as the values themselves."""
+
+ADAPTER_RANK = 8
+"""The least that vLLM's `--max-lora-rank` allows, but for 1."""
+
+ADAPTED = ("k_proj", "v_proj")
+"""What an adapter changes: whatever else it did would not be seen in the first layer's KV."""
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 
@@ -176,6 +186,46 @@ def make_model(folder: Path, shape: Shape, seed: int = 1) -> Path:
     write_tokenizer(folder, shape.vocab)
     write_weights(folder, shape, seed)
     stamp.write_text(wanted)
+    return folder
+
+
+def adapter_weights(shape: Shape, seed: int) -> dict[str, np.ndarray]:
+    """All tensors of an adapter for keys and values, in float32, by the names that PEFT gives them."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for layer in range(shape.layers):
+        for projection in ADAPTED:
+            name = f"base_model.model.model.layers.{layer}.self_attn.{projection}."
+            down = rng.standard_normal((ADAPTER_RANK, shape.hidden)) / math.sqrt(shape.hidden)
+            up = rng.standard_normal((shape.kv_heads * shape.head_dim, ADAPTER_RANK)) / math.sqrt(ADAPTER_RANK)
+            tensors[name + "lora_A.weight"] = down.astype(np.float32)
+            tensors[name + "lora_B.weight"] = (up * ADAPTER_GAIN).astype(np.float32)
+    return tensors
+
+
+def make_adapter(folder: Path, shape: Shape, seed: int) -> Path:
+    """Writes a LoRA adapter for a model of this shape, as PEFT saves them; returns `folder`."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": ADAPTER_RANK,
+        # The factor that what an adapter adds is multiplied by is alpha / r.
+        "lora_alpha": ADAPTER_RANK,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(ADAPTED),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    dtype = getattr(torch, shape.dtype)
+    tensors = {name: torch.from_numpy(value).to(dtype) for name, value in adapter_weights(shape, seed).items()}
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     return folder
 
 
