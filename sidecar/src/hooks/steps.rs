@@ -26,7 +26,14 @@ impl SchedulerHooks {
         }
     }
 
-    pub(super) fn ship_saves(&mut self, reserve: usize, pool: &mut dyn GpuPool, now: Instant) {
+    /// Starts what has been granted, asks for more. Returns the blocks that it has looked at.
+    pub(super) fn ship_saves(
+        &mut self,
+        reserve: usize,
+        pool: &mut dyn GpuPool,
+        now: Instant,
+    ) -> usize {
+        let mut looked = 0;
         let chunk = chunk_blocks(self.config.rank_bytes);
         while self.jobs.count_saves() < saves::OUTSTANDING_MAX {
             let Some(grant) = self.saves.pop_grant() else {
@@ -47,6 +54,7 @@ impl SchedulerHooks {
                 continue;
             }
             let room = pool.free().saturating_sub(reserve);
+            looked += grant.entries.len();
             match saves::prepare(&grant, pool, room) {
                 Shipment::Ready(blocks) => {
                     let pairs: Vec<_> = grant
@@ -85,9 +93,13 @@ impl SchedulerHooks {
                 hashes: Hashes(hashes.clone()),
             }) {
                 Some(sequence) => self.saves.asked(sequence, hashes),
-                None => return self.saves.push(&hashes),
+                None => {
+                    self.saves.push(&hashes);
+                    break;
+                }
             }
         }
+        looked
     }
 
     /// Carries out what the watch found.

@@ -15,7 +15,7 @@ use crate::planner::budget::{self, Admission, Demand};
 /// Blocks that are looked up at once: first a few, since most of those that wait have lost the first block already.
 const PROBE_BLOCKS: usize = 16;
 /// See [`PROBE_BLOCKS`].
-const WINDOW_BLOCKS: usize = 128;
+const WINDOW_BLOCKS: usize = 64;
 
 /// What follows from one look at a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

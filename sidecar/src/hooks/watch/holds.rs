@@ -16,7 +16,7 @@ use crate::hooks::pool::requeue;
 /// How long after its expected return a session that is back stays protected.
 const READY_GRACE: Duration = Duration::from_secs(5);
 /// Most blocks that are moved with one call.
-const PIECE_BLOCKS: usize = 128;
+const PIECE_BLOCKS: usize = 64;
 
 /// A round over all waiting sessions, done in pieces.
 #[derive(Debug, Default)]
