@@ -45,13 +45,9 @@ install: wheel .venv/.ready ## the wheel, installed beside vLLM in .venv
 # ---- for developers
 
 .PHONY: test
-test: check install install-026 ## every test there is: `check`, then everything that needs a real vLLM
+test: check install install-026 ## every test there is: `check`, then everything that needs a real vLLM (20 minutes on 2 cores)
 	.venv-026/bin/python -m pytest tests/python/unit $(PYTEST_FLAGS)
 	.venv/bin/python -m pytest tests/python $(PYTEST_FLAGS)
-
-.PHONY: test-ci
-test-ci: check install ## `check`, then answers and bytes on real vLLM: what CI runs until all of `test` has been timed there
-	.venv/bin/python -m pytest tests/python/real_vllm/test_answers.py $(PYTEST_FLAGS)
 
 .PHONY: check
 check: lint check-rust check-python ## the inner loop, without vLLM

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from support.completions import Ask
+from support.completions import Ask, Completion
 from support.engines import Engines
 from support.flood import flood, prompt
 from support.servers import VllmConfig, VllmServer
 
 PROMPT_TOKENS = 1000
+MOVED_MIN = 1e-3
+"""Of a log probability: a hundred times the noise of float32."""
+UNNOTICED_MAX = 0.1
+"""Share of the blocks whose content may leave the 16 best tokens as they are."""
 
 
 @pytest.fixture(params=["0.32", "0.26"])
@@ -31,16 +37,35 @@ def test_prefix_cache_hits_and_flood_evicts(server: VllmServer) -> None:
 
 
 def test_answer_depends_on_every_block(server: VllmServer) -> None:
-    """Tests compare tokens to find wrong KV: a model that ignores its context would let everything pass."""
+    """Tests compare tokens to find wrong KV: a model that ignores its context would let everything pass.
+
+    One wrong block moves the probabilities of the answer, whichever it is, and nearly always its best tokens.
+    """
     size = server.config.block_size
     whole = prompt("context", PROMPT_TOKENS)
-    expected = server.ask(Ask(whole, max_tokens=16)).tokens
-    unnoticed = []
-    for block in range(PROMPT_TOKENS // size):
+    blocks = range(PROMPT_TOKENS // size)
+    expected = server.ask(Ask(whole, max_tokens=16, logprobs=2))
+    unmoved, unnoticed = [], []
+    for block in blocks:
         wrong = whole[: block * size] + prompt(f"wrong-{block}", size) + whole[(block + 1) * size :]
-        if server.ask(Ask(wrong, max_tokens=16)).tokens == expected:
+        answer = server.ask(Ask(wrong, max_tokens=16, logprobs=2))
+        if moved(expected, answer) < MOVED_MIN:
+            unmoved.append(block)
+        if answer.tokens == expected.tokens:
             unnoticed.append(block)
-    assert not unnoticed
+    assert not unmoved
+    assert len(unnoticed) <= UNNOTICED_MAX * len(blocks), unnoticed
+
+
+def moved(one: Completion, other: Completion) -> float:
+    """Largest change of a log probability at a position, before the two answers part."""
+    change = 0.0
+    for left, right, here, there in zip(one.top, other.top, one.tokens, other.tokens, strict=False):
+        common = left.keys() & right.keys()
+        change = max([change, *(abs(left[token] - right[token]) for token in common)])
+        if here != there:
+            return math.inf
+    return change
 
 
 def test_development_endpoints(server: VllmServer) -> None:
