@@ -69,7 +69,7 @@ pub struct Settings {
     #[arg(long, value_name = "SHARE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pin_budget: Option<f64>,
-    /// How long an engine's lease lasts unless renewed [default: 30s]
+    /// How long an engine may use what it has leased [default: 30s]
     #[arg(long, value_name = "DURATION")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lease_ttl: Option<Span>,
@@ -141,7 +141,7 @@ pub struct Config {
     pub token_file: Option<PathBuf>,
     /// Share of the slots that pins may take, 0 to 1.
     pub pin_budget: f64,
-    /// How long an engine's lease lasts unless renewed.
+    /// How long an engine may use what it has leased.
     pub lease_ttl: Duration,
     /// Sessions remembered at once.
     pub sessions_max: usize,

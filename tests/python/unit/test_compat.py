@@ -357,7 +357,7 @@ def config(**changes: Any) -> Any:
 
 
 def test_a_supported_engine_is_accepted() -> None:
-    for version in ("0.26.0", "0.26.0+cpu", "0.32.0", "0.32.1", "0.32.0+cpu", "0.33.0"):
+    for version in ("0.26.0", "0.26.0+cpu", "0.32.0", "0.32.1", "0.32.0+cpu"):
         compat.check_config(config(), Settings(), version)
     compat.check_config(config(prefix_caching_hash_algo="sha256_cbor"), Settings(), "0.32.0")
 

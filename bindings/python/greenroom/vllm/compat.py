@@ -1,6 +1,6 @@
 """Everything Greenroom knows of vLLM's insides. No other file of this package imports vLLM or torch at run time.
 
-Tested with vLLM 0.26.0, 0.32 and 0.33; other releases need ``"force": true``. What differs between them:
+Tested with vLLM 0.26.0 and 0.32; other releases need ``"force": true``. What differs between them:
 
 * 0.26 has no ``Request.session_id`` and no ``kv_hints``; its KV tensors carry ``shared_by`` instead of ``layers`` and
   ``layer_stride``; a block-outermost layout is asked for with ``prefer_cross_layer_blocks``.
@@ -82,7 +82,7 @@ __all__ = [
 ]
 
 VERSION: str = vllm.__version__
-SUPPORTED = ("0.26.0", "0.32", "0.33")
+SUPPORTED = ("0.26.0", "0.32")
 """Releases, or series of them, that the tests run on."""
 
 GROUP = kv_cache_utils.make_block_hash_with_group_id(kv_cache_utils.BlockHash(b""), 0)

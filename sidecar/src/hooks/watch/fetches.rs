@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use kvstore::{BlockHash, GpuBlock, SlotId};
 
-use super::{Fetch, Findings, Place, Prefetch, Return, View, Watch};
+use super::{Fetch, Findings, Place, Prefetch, Return, View, Waiting, Watch};
 use crate::engine::frames::{WantOutcome, Wish};
 use crate::hooks::turns::LeasedRun;
 use crate::planner::budget::{self, Admission, Demand};
@@ -16,6 +16,9 @@ use crate::planner::budget::{self, Admission, Demand};
 const PROBE_BLOCKS: usize = 16;
 /// See [`PROBE_BLOCKS`].
 const WINDOW_BLOCKS: usize = 64;
+
+/// Sessions that are moved out of the way of one chunk, at most.
+const MOVES_MAX: u8 = 8;
 
 /// What follows from one look at a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,7 +116,10 @@ impl Watch {
         let usable =
             |run: &&LeasedRun| run.is_usable(view.now) && run.from <= start && start < run.end();
         let Some(run) = waiting.run.as_ref().filter(usable) else {
-            if waiting.gone {
+            // Of no use any more, and nobody may evict its slots as long as it is held.
+            let useless = waiting.run.take();
+            findings.released.extend(useless.map(|run| run.lease));
+            if waiting.gone == Some(start) {
                 waiting.answer(key, WantOutcome::Missing, &mut findings.outcomes);
             } else {
                 let rest = waiting.chain[start..].to_vec();
@@ -132,12 +138,13 @@ impl Watch {
         let count = count.min(missing.len());
         view.touches.spend(2 * count);
         let head = view.pool.free_list(count);
-        let (count, in_the_way) = self.spared(key, &head);
+        let (count, in_the_way) = self.spared(key, &head, view.now);
         if let Some(session) = in_the_way
             && let Some(waiting) = self.table.get_mut(&key)
-            && waiting.look.moved.is_none()
+            && waiting.look.moves < MOVES_MAX
         {
             waiting.look.moved = Some(session);
+            waiting.look.moves += 1;
             return Seen::InTheWay(session);
         }
         let Some(blocks) = (count > 0).then(|| view.pool.take(count)).flatten() else {
@@ -214,7 +221,10 @@ impl Watch {
 
     /// A session that was only held has lost blocks and its hold is over: nobody looks after it any more.
     fn let_go(&mut self, key: u64, now: Instant, findings: &mut Findings) {
-        let over = |w: &super::Waiting| w.wish == Wish::Keep && w.hold_until <= now && !w.loading;
+        let over = |w: &Waiting| w.wish == Wish::Keep && w.hold_until <= now && !w.loading;
+        if let Some(run) = self.table.get_mut(&key).and_then(|w| w.run.take()) {
+            findings.released.push(run.lease);
+        }
         if self.table.get(&key).is_some_and(over) {
             let run = self.remove(key).and_then(|w| w.run);
             findings.released.extend(run.map(|run| run.lease));
@@ -234,17 +244,21 @@ impl Watch {
 
     /// How many of the blocks at the head of the free list may be taken for a session: up to the first that it needs
     /// itself, or that belongs to another waiting session expected back no later. And whose that is.
-    fn spared(&self, key: u64, head: &[Option<BlockHash>]) -> (usize, Option<u64>) {
+    ///
+    /// When a tool ends is a guess until it has: a session that is due now has to spare only those that are due, too.
+    fn spared(&self, key: u64, head: &[Option<BlockHash>], now: Instant) -> (usize, Option<u64>) {
         let Some(waiting) = self.table.get(&key) else {
             return (0, None);
         };
+        let due_now = |w: &Waiting| w.wish == Wish::Now && w.expected.is_some_and(|at| at <= now);
         let needed = |place: &&Place| {
             if place.session == key {
                 return place.position < waiting.look.seen;
             }
             self.table.get(&place.session).is_some_and(|other| {
-                matches!(other.wish, Wish::Now | Wish::WhenRoom)
+                other.comes_back()
                     && other.expected.is_some()
+                    && (other.wish == Wish::Now || !due_now(waiting))
                     && Return(other.expected) <= Return(waiting.expected)
             })
         };

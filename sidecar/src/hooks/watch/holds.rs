@@ -18,6 +18,9 @@ const READY_GRACE: Duration = Duration::from_secs(5);
 /// Most blocks that are moved with one call.
 const PIECE_BLOCKS: usize = 64;
 
+/// After so many sessions that did not fit the budget counts as spent.
+const MISFITS_MAX: usize = 8;
+
 /// A round over all waiting sessions, done in pieces.
 #[derive(Debug, Default)]
 pub(super) struct Round {
@@ -25,6 +28,8 @@ pub(super) struct Round {
     phase: Phase,
     /// Unique blocks of those that this round holds.
     blocks: usize,
+    /// Sessions that did not fit into the budget.
+    misfits: usize,
     /// To be moved, nearest first; also sessions that have come back in pieces and are put in order.
     chosen: Vec<u64>,
     /// The session that is being moved, and the position from which on its blocks have been.
@@ -65,6 +70,7 @@ impl Watch {
         self.round.number += 1;
         self.round.phase = Phase::Judging(None);
         self.round.blocks = 0;
+        self.round.misfits = 0;
     }
 
     /// Goes on with the round.
@@ -107,14 +113,16 @@ impl Watch {
         }
     }
 
-    /// Holds a session if it is to be; false once the budget is spent.
+    /// Holds a session if it is to be and fits; false once the budget is spent.
     fn judge(&mut self, key: u64, budget: usize, now: Instant) -> bool {
         if !self.table.get(&key).is_some_and(|w| is_protected(w, now)) {
             return true;
         }
         let blocks = self.own_blocks(key);
         if self.round.blocks + blocks > budget {
-            return false;
+            // A long one must not keep those after it from being held.
+            self.round.misfits += 1;
+            return self.round.misfits < MISFITS_MAX;
         }
         self.round.blocks += blocks;
         self.round.chosen.push(key);

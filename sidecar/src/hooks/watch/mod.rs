@@ -56,8 +56,8 @@ struct Waiting {
     /// The lookup that is out, if any: its number, and the position that it starts from.
     asked: Option<(u64, usize)>,
     look: Look,
-    /// The host tier does not have what is missing.
-    gone: bool,
+    /// The host tier does not have the block at this position, or could not copy it.
+    gone: Option<usize>,
     loading: bool,
     /// The round that holds it, and whether the last one that ended does.
     held_in: Option<u64>,
@@ -77,8 +77,10 @@ struct Look {
     seen: usize,
     /// How many of them nobody referenced: fetching the rest must not evict them.
     kept: usize,
-    /// The session, itself or another, whose blocks were moved away from the eviction end for its next chunk.
+    /// The session, itself or another, whose blocks were last moved away from the eviction end for its next chunk, and
+    /// how many were.
     moved: Option<u64>,
+    moves: u8,
     /// When all are found, they have to be moved to the safe end in order: prefix and suffix together, or the prefix
     /// would be evicted first.
     restore: bool,
@@ -262,8 +264,7 @@ impl Watch {
     /// Takes a want; returns leases that are no longer needed.
     pub(super) fn want(&mut self, session: u64, new: NewWant, now: Instant) -> Vec<u64> {
         let mut released: Vec<u64> = Vec::new();
-        let loading = self.table.get(&session).is_some_and(|w| w.loading);
-        if new.wish == Wish::Nothing && !loading {
+        if new.wish == Wish::Nothing {
             let old = self.remove(session).and_then(|w| w.run);
             released.extend(old.map(|run| run.lease));
             released.extend(new.lease.map(|run| run.lease));
@@ -287,7 +288,12 @@ impl Watch {
             }
             old
         };
-        // Slots belong to the chain that they were leased for; a running chunk has its lease with it.
+        let comes_back = matches!(new.wish, Wish::Now | Wish::WhenRoom);
+        if !comes_back && old.as_ref().is_some_and(Waiting::comes_back) {
+            self.room_is_made();
+        }
+        // Slots belong to the chain that they were leased for; a running chunk has its lease with it, and is this
+        // session's only as long as its chain is the same.
         let lease = old.as_ref().and_then(|w| w.run.as_ref());
         released.extend(lease.map(|run| run.lease));
         let waiting = Waiting {
@@ -301,8 +307,8 @@ impl Watch {
             run: new.lease,
             asked: None,
             look: Look::default(),
-            gone: false,
-            loading,
+            gone: None,
+            loading: same && old.as_ref().is_some_and(|w| w.loading),
             held_in: old.as_ref().and_then(|w| w.held_in),
             held: new.hold_until > now,
             residence: old.as_ref().map_or(Residence::Hold, |w| w.residence),
@@ -312,7 +318,7 @@ impl Watch {
         };
         self.order.insert((Return(waiting.expected), session));
         self.table.insert(session, waiting);
-        if matches!(new.wish, Wish::Now | Wish::WhenRoom) {
+        if comes_back {
             self.look_anew(session, new.wish == Wish::Now);
         }
         released
@@ -321,6 +327,9 @@ impl Watch {
     fn remove(&mut self, session: u64) -> Option<Waiting> {
         self.unlist(session);
         let waiting = self.table.remove(&session)?;
+        if waiting.comes_back() {
+            self.room_is_made();
+        }
         for hash in &waiting.chain {
             if let Some(places) = self.places.get_mut(hash) {
                 places.retain(|place| place.session != session);
@@ -330,6 +339,13 @@ impl Watch {
             }
         }
         Some(waiting)
+    }
+
+    /// A session leaves those whose blocks are spared: who was deferred may fit now.
+    fn room_is_made(&mut self) {
+        if !self.deferred.is_empty() {
+            self.room_when_deferred = 0;
+        }
     }
 
     /// Takes a session out of the orders that its want decides.
@@ -379,7 +395,7 @@ impl Watch {
             Some((from, waiting)) => {
                 let run = run.map(|run| LeasedRun { from, ..run });
                 waiting.asked = None;
-                waiting.gone = run.is_none();
+                waiting.gone = run.is_none().then_some(from);
                 let old = if run.is_some() {
                     std::mem::replace(&mut waiting.run, run)
                 } else {
@@ -396,40 +412,29 @@ impl Watch {
     /// more to fetch with it.
     pub(super) fn fetched(&mut self, fetch: &Fetch, outcome: CopyOutcome) -> Vec<u64> {
         self.fetching = false;
-        // One that is wanted only since a reset or another connection has nothing to do with this chunk and its lease.
+        // One that is wanted only since a reset, another connection or another chain has nothing to do with this chunk and
+        // its lease.
         let waiting = self.table.get_mut(&fetch.session).filter(|w| w.loading);
         let Some(waiting) = waiting else {
             return vec![fetch.run.lease];
         };
         waiting.loading = false;
         waiting.pairs.clear();
-        waiting.look.moved = None;
+        (waiting.look.moved, waiting.look.moves) = (None, 0);
         let mut released = Vec::new();
         match outcome {
             CopyOutcome::Published => {
-                let same = |(position, hash): (&u32, &BlockHash)| {
-                    usize::try_from(*position).is_ok_and(|at| waiting.chain.get(at) == Some(hash))
-                };
-                if fetch.positions.iter().zip(&fetch.hashes).all(same) {
-                    waiting.fetched.extend(&fetch.positions);
-                    waiting.look.restore = true;
-                    let latest = waiting.run.replace(fetch.run.clone());
-                    released.extend(latest.map(|run| run.lease));
-                } else {
-                    released.push(fetch.run.lease);
-                }
+                waiting.fetched.extend(&fetch.positions);
+                waiting.look.restore = true;
+                let latest = waiting.run.replace(fetch.run.clone());
+                released.extend(latest.map(|run| run.lease));
             }
             CopyOutcome::Lost => {
-                waiting.gone = true;
+                waiting.gone = Some(waiting.look.seen);
                 released.push(fetch.run.lease);
             }
         }
-        if waiting.wish == Wish::Nothing {
-            let run = self.remove(fetch.session).and_then(|w| w.run);
-            released.extend(run.map(|run| run.lease));
-        } else {
-            self.look_on(fetch.session);
-        }
+        self.look_on(fetch.session);
         released
     }
 
@@ -476,7 +481,7 @@ impl Watch {
 
     /// Whether the last step left something to do that the next one can do.
     pub(super) fn is_unfinished(&self) -> bool {
-        !self.round.is_over() || !self.due.is_empty()
+        !self.table.is_empty() && (!self.round.is_over() || !self.due.is_empty())
     }
 
     /// One step: holds refreshed, at most one chunk chosen.
@@ -518,6 +523,11 @@ pub(super) enum CopyOutcome {
 }
 
 impl Waiting {
+    /// Whether it is brought back, and what it has left on the GPU spared.
+    fn comes_back(&self) -> bool {
+        matches!(self.wish, Wish::Now | Wish::WhenRoom)
+    }
+
     fn due(&self, session: u64) -> Due {
         Due {
             urgency: match self.wish {
