@@ -105,7 +105,7 @@ def test_pause_and_resume_while_sessions_wait(rig: Rig, waiting: list[Ask]) -> N
 
 
 def reset(rig: Rig, external: bool = False) -> None:
-    """vLLM refuses while any block is referenced, as it is by a copy for some milliseconds: then its user asks again."""
+    """vLLM refuses while any block is referenced, as by a copy for some milliseconds: its user asks again."""
     wait_until("vLLM's consent to a reset", lambda: rig.vllm.reset_prefix_cache(reset_external=external), RESET_S)
 
 
