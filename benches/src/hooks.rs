@@ -34,9 +34,10 @@ const RANK_BYTES: u64 = 4096;
 const ARENA: &str = "2GiB";
 /// Steps from the start of a copy to its report.
 const COPY_STEPS: u64 = 2;
-/// Blocks that other traffic takes per step, and steps that it keeps them.
+/// Other traffic: the blocks that its turn under way fills in a step, those of a whole turn, and how many turns stay.
 const TRAFFIC_BLOCKS: usize = 32;
-const TRAFFIC_STEPS: usize = 50;
+const TRAFFIC_TURN_BLOCKS: u32 = 512;
+const TRAFFIC_TURNS: usize = 3;
 /// In the prefetch scenario a tool ends every so many steps.
 const TOOL_END_STEPS: u64 = 12;
 /// Read between steps.
@@ -189,7 +190,7 @@ struct Timers {
     match_prefix: Timer,
 }
 
-/// One of the other requests: what it holds, and until when.
+/// A running request: the blocks that it has, of as many as it has hashes.
 struct Guest {
     request: Option<String>,
     blocks: Vec<GpuBlock>,
@@ -310,36 +311,34 @@ impl Bench {
     /// A request gets its blocks and fills them at once.
     fn admit(&mut self, request: Option<String>, hashes: Vec<BlockHash>) -> Guest {
         let local = self.pool.leading(&hashes);
-        let mut blocks: Vec<GpuBlock> = self
-            .pool
-            .lookup(&hashes[..local])
-            .into_iter()
-            .flatten()
-            .collect();
+        let found = self.pool.lookup(&hashes[..local]);
+        let blocks: Vec<GpuBlock> = found.into_iter().flatten().collect();
         self.pool.reference(&blocks);
-        let fresh = self.pool.take(hashes.len() - local).unwrap_or_default();
-        assert_eq!(
-            local + fresh.len(),
-            hashes.len(),
-            "the pool is large enough"
-        );
-        blocks.extend(fresh);
-        let entries: Vec<Published> = (0u32..)
-            .zip(blocks.iter().zip(&hashes))
-            .map(|(position, (block, hash))| Published {
-                block: *block,
-                hash: *hash,
-                position,
-            })
-            .collect();
-        self.pool.publish(&entries[local..]);
-        if let Some(request) = &request {
-            self.hooks.blocks_filled(request, hashes.len(), &hashes);
-        }
-        Guest {
+        let mut guest = Guest {
             request,
             blocks,
             hashes,
+        };
+        self.fill(&mut guest, usize::MAX);
+        guest
+    }
+
+    /// A request fills its next blocks.
+    fn fill(&mut self, guest: &mut Guest, blocks_max: usize) {
+        let from = guest.blocks.len();
+        let filled = guest.hashes.len().min(from.saturating_add(blocks_max));
+        let fresh = self.pool.take(filled - from).unwrap_or_default();
+        assert_eq!(fresh.len(), filled - from, "the pool is large enough");
+        let entries = fresh.iter().zip(from..).map(|(block, at)| Published {
+            block: *block,
+            hash: guest.hashes[at],
+            position: u32::try_from(at).unwrap_or(u32::MAX),
+        });
+        self.pool.publish(&entries.collect::<Vec<_>>());
+        guest.blocks.extend(fresh);
+        if let Some(request) = &guest.request {
+            let new = &guest.hashes[from..filled];
+            self.hooks.blocks_filled(request, filled, new);
         }
     }
 
@@ -442,11 +441,26 @@ impl Bench {
         Ok(rows.into_iter().flatten().collect())
     }
 
-    /// A request comes in and an old one leaves.
+    /// The turn under way fills blocks; when it has all of its own, the next one comes in and an old one leaves.
     fn traffic(&mut self, scenario: Scenario) {
-        let hashes = self
-            .random
-            .chain(u32::try_from(TRAFFIC_BLOCKS).unwrap_or(1));
+        let complete = |guest: &Guest| guest.blocks.len() == guest.hashes.len();
+        if self.guests.back().is_none_or(complete) {
+            let turn = self.traffic_turn(scenario);
+            self.guests.push_back(turn);
+        }
+        if self.guests.len() > TRAFFIC_TURNS
+            && let Some(guest) = self.guests.pop_front()
+        {
+            self.leave(guest);
+        }
+        if let Some(mut guest) = self.guests.pop_back() {
+            self.fill(&mut guest, TRAFFIC_BLOCKS);
+            self.guests.push_back(guest);
+        }
+    }
+
+    fn traffic_turn(&mut self, scenario: Scenario) -> Guest {
+        let hashes = self.random.chain(TRAFFIC_TURN_BLOCKS);
         let request = (scenario == Scenario::SavedTraffic).then(|| {
             self.requests += 1;
             let request = format!("request-{}", self.requests);
@@ -456,12 +470,10 @@ impl Bench {
             self.timers.turn_started.time(|| started(&mut self.hooks));
             request
         });
-        let guest = self.admit(request, hashes);
-        self.guests.push_back(guest);
-        if self.guests.len() > TRAFFIC_STEPS
-            && let Some(guest) = self.guests.pop_front()
-        {
-            self.leave(guest);
+        Guest {
+            request,
+            blocks: Vec::new(),
+            hashes,
         }
     }
 

@@ -383,6 +383,13 @@ pub enum Wish {
     Now,
 }
 
+impl Wish {
+    /// Whether the session is brought back, and what it has left on the GPU spared.
+    pub fn comes_back(self) -> bool {
+        matches!(self, Self::Now | Self::WhenRoom)
+    }
+}
+
 /// Messages to an engine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToEngine {

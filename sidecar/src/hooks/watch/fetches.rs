@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use kvstore::{BlockHash, GpuBlock, SlotId};
 
-use super::{Fetch, Findings, Place, Prefetch, Return, View, Waiting, Watch};
+use super::places::Place;
+use super::{Fetch, Findings, Prefetch, Return, View, Waiting, Watch};
 use crate::engine::frames::{WantOutcome, Wish};
 use crate::hooks::turns::LeasedRun;
 use crate::planner::budget::{self, Admission, Demand};
@@ -251,21 +252,24 @@ impl Watch {
             return (0, None);
         };
         let due_now = |w: &Waiting| w.wish == Wish::Now && w.expected.is_some_and(|at| at <= now);
-        let needed = |place: &&Place| {
+        let needed = |hash: &BlockHash, place: &Place| {
+            let Some(other) = self.table.get(&place.session) else {
+                return false;
+            };
             if place.session == key {
-                return place.position < waiting.look.seen;
+                return other.has(hash, place) && place.position < other.look.seen;
             }
-            self.table.get(&place.session).is_some_and(|other| {
-                other.comes_back()
-                    && other.expected.is_some()
-                    && (other.wish == Wish::Now || !due_now(waiting))
-                    && Return(other.expected) <= Return(waiting.expected)
-            })
+            other.comes_back()
+                && other.has(hash, place)
+                && other.expected.is_some()
+                && (other.wish == Wish::Now || !due_now(waiting))
+                && Return(other.expected) <= Return(waiting.expected)
         };
         let blocks = head.iter().enumerate();
         let mut blocked = blocks.filter_map(|(at, hash)| {
-            let places = self.places.get(hash.as_ref()?)?;
-            Some((at, places.iter().find(needed)?.session))
+            let hash = hash.as_ref()?;
+            let mut places = self.places.of(hash).iter();
+            Some((at, places.find(|place| needed(hash, place))?.session))
         });
         match blocked.next() {
             Some((at, session)) => (at, Some(session)),

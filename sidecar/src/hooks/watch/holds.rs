@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use kvstore::BlockHash;
 
+use super::places::SAMPLED;
 use super::{Return, View, Waiting, Watch};
 use crate::engine::frames::{Residence, Wish};
 use crate::hooks::pool::requeue;
@@ -165,20 +166,21 @@ impl Watch {
         }
     }
 
-    /// Blocks of a session that no session held in this round shares. Chains that share a block share all before it.
+    /// Blocks of a session that no session held in this round shares, up to [`SAMPLED`] - 1 too many. Chains that share a
+    /// block share all before it.
     fn own_blocks(&self, key: u64) -> usize {
         let Some(waiting) = self.table.get(&key) else {
             return 0;
         };
-        let held = |session: u64| {
-            let waiting = self.table.get(&session);
-            waiting.is_some_and(|w| w.held_in == Some(self.round.number))
-        };
         let is_held = |hash: &BlockHash| {
-            let places = self.places.get(hash);
-            places.is_some_and(|places| places.iter().any(|place| held(place.session)))
+            self.places.of(hash).iter().any(|place| {
+                let other = self.table.get(&place.session);
+                other.is_some_and(|w| w.held_in == Some(self.round.number) && w.has(hash, place))
+            })
         };
-        waiting.chain.len() - waiting.chain.partition_point(is_held)
+        let (sampled, _) = waiting.chain.as_chunks::<SAMPLED>();
+        let held = sampled.partition_point(|blocks| is_held(&blocks[SAMPLED - 1]));
+        waiting.chain.len() - held * SAMPLED
     }
 }
 

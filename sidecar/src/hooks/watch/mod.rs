@@ -2,20 +2,21 @@
 //!
 //! The sidecar says how much it wants each session ([`Wish`]); this folder looks at the pool and decides what to do now.
 //! [`holds`] keeps blocks from being evicted, without references; [`fetches`] looks for what is missing and chooses
-//! chunks to copy in. Both run on the scheduler's thread, so a step looks at or moves a bounded number of blocks
-//! ([`Touches`]) and leaves the rest to the next one.
+//! chunks to copy in; [`places`] tells whose a block is. All run on the scheduler's thread, so a step looks at or moves
+//! a bounded number of blocks ([`Touches`]) and leaves the rest to the next one.
 
 mod fetches;
 mod holds;
+mod places;
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Instant;
 
-use kvstore::{BlockHash, DigestMap, GpuBlock, SlotId};
-use smallvec::SmallVec;
+use kvstore::{BlockHash, GpuBlock, SlotId};
 
 use self::holds::Round;
+use self::places::{Chain, Place, Places};
 use super::pool::GpuPool;
 use super::turns::LeasedRun;
 use crate::engine::frames::{Residence, SessionNews, WantOutcome, Wish};
@@ -214,13 +215,6 @@ impl PartialOrd for Return {
     }
 }
 
-/// Whose chain a block is in, and at which position.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Place {
-    session: u64,
-    position: usize,
-}
-
 /// All waiting sessions of this engine.
 #[derive(Debug)]
 pub(super) struct Watch {
@@ -228,8 +222,7 @@ pub(super) struct Watch {
     table: HashMap<u64, Waiting>,
     /// The table, nearest expected return first.
     order: BTreeSet<(Return, u64)>,
-    /// The chains of the table, by block.
-    places: DigestMap<SmallVec<[Place; 1]>>,
+    places: Places,
     /// Sessions under which the pool may have changed since they were last looked at.
     due: BTreeSet<Due>,
     /// Sessions that found no room.
@@ -250,7 +243,7 @@ impl Watch {
             limits,
             table: HashMap::new(),
             order: BTreeSet::new(),
-            places: DigestMap::default(),
+            places: Places::default(),
             due: BTreeSet::new(),
             deferred: HashSet::new(),
             room_when_deferred: usize::MAX,
@@ -270,28 +263,22 @@ impl Watch {
             released.extend(new.lease.map(|run| run.lease));
             return released;
         }
-        // The places of an unchanged chain stay: a session is wanted anew at each tool call.
-        let same = self
-            .table
-            .get(&session)
-            .is_some_and(|w| w.chain == new.chain);
-        let old = if same {
-            self.unlist(session);
-            self.table.remove(&session)
-        } else {
-            let old = self.remove(session);
-            for (position, hash) in new.chain.iter().enumerate() {
-                self.places
-                    .entry(*hash)
-                    .or_default()
-                    .push(Place { session, position });
-            }
-            old
-        };
-        let comes_back = matches!(new.wish, Wish::Now | Wish::WhenRoom);
-        if !comes_back && old.as_ref().is_some_and(Waiting::comes_back) {
+        self.unlist(session);
+        let old = self.table.remove(&session);
+        let same = old.as_ref().is_some_and(|w| w.chain == new.chain);
+        let comes_back = new.wish.comes_back();
+        let spares_the_same = same && comes_back;
+        if !spares_the_same && old.as_ref().is_some_and(Waiting::comes_back) {
             self.room_is_made();
         }
+        let old_chain = old
+            .as_ref()
+            .map_or(Chain::default(), Waiting::chain_as_filed);
+        let new_chain = Chain {
+            hashes: &new.chain,
+            every_block: comes_back,
+        };
+        self.places.replace(session, old_chain, new_chain);
         // Slots belong to the chain that they were leased for; a running chunk has its lease with it, and is this
         // session's only as long as its chain is the same.
         let lease = old.as_ref().and_then(|w| w.run.as_ref());
@@ -330,14 +317,8 @@ impl Watch {
         if waiting.comes_back() {
             self.room_is_made();
         }
-        for hash in &waiting.chain {
-            if let Some(places) = self.places.get_mut(hash) {
-                places.retain(|place| place.session != session);
-                if places.is_empty() {
-                    self.places.remove(hash);
-                }
-            }
-        }
+        let filed = waiting.chain_as_filed();
+        self.places.replace(session, filed, Chain::default());
         Some(waiting)
     }
 
@@ -473,20 +454,25 @@ impl Watch {
 
     /// Whether [`Self::step`] has something to do on this step although nothing has arrived.
     pub(super) fn needs_step(&self, total: usize) -> bool {
-        !self.table.is_empty()
-            && (self.handed_out >= refresh_blocks(total)
-                || self.is_unfinished()
-                || !self.deferred.is_empty())
+        self.is_unfinished()
+            || (!self.table.is_empty()
+                && (self.handed_out >= refresh_blocks(total) || !self.deferred.is_empty()))
     }
 
     /// Whether the last step left something to do that the next one can do.
     pub(super) fn is_unfinished(&self) -> bool {
-        !self.table.is_empty() && (!self.round.is_over() || !self.due.is_empty())
+        !self.places.is_filed()
+            || (!self.table.is_empty() && (!self.round.is_over() || !self.due.is_empty()))
     }
 
     /// One step: holds refreshed, at most one chunk chosen.
     pub(super) fn step(&mut self, view: &mut View<'_>) -> Findings {
         let mut findings = Findings::default();
+        let table = &self.table;
+        self.places.file(view.touches.0 / 2, |hash, place| {
+            let waiting = table.get(&place.session);
+            waiting.is_some_and(|w| w.chain_as_filed().files(hash, place.position))
+        });
         if self.table.is_empty() {
             return findings;
         }
@@ -525,7 +511,19 @@ pub(super) enum CopyOutcome {
 impl Waiting {
     /// Whether it is brought back, and what it has left on the GPU spared.
     fn comes_back(&self) -> bool {
-        matches!(self.wish, Wish::Now | Wish::WhenRoom)
+        self.wish.comes_back()
+    }
+
+    fn chain_as_filed(&self) -> Chain<'_> {
+        Chain {
+            hashes: &self.chain,
+            every_block: self.comes_back(),
+        }
+    }
+
+    /// Whether a place that the index names is still in the chain.
+    fn has(&self, hash: &BlockHash, place: &Place) -> bool {
+        self.chain.get(place.position) == Some(hash)
     }
 
     fn due(&self, session: u64) -> Due {
