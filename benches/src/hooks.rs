@@ -327,7 +327,7 @@ impl Bench {
     fn fill(&mut self, guest: &mut Guest, blocks_max: usize) {
         let from = guest.blocks.len();
         let filled = guest.hashes.len().min(from.saturating_add(blocks_max));
-        let fresh = self.pool.take(filled - from).unwrap_or_default();
+        let fresh = self.pool.take_to_compute(filled - from).unwrap_or_default();
         assert_eq!(fresh.len(), filled - from, "the pool is large enough");
         let entries = fresh.iter().zip(from..).map(|(block, at)| Published {
             block: *block,

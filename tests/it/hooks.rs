@@ -509,3 +509,127 @@ fn a_session_that_only_was_held_is_said_to_be_gone_when_it_is() {
     engine.settle();
     assert_eq!(engine.pool.leading(&mine), left, "nobody brings it back");
 }
+
+/// Sessions "a" and "b" of which the pool has room for one, both evicted.
+fn two_that_do_not_fit(sidecar: &Sidecar, engine: &mut Engine) -> [Vec<kvstore::BlockHash>; 2] {
+    let chains = [session(60, 1), session(60, 2)];
+    for (name, mine) in ["a", "b"].into_iter().zip(&chains) {
+        engine.turn(Some(name), mine);
+        saved(engine, sidecar, name, 60);
+    }
+    engine.flood(7, 200);
+    chains
+}
+
+#[test]
+fn a_session_that_is_due_is_not_robbed_by_one_that_is_overdue() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let [mine, other] = two_that_do_not_fit(&sidecar, &mut engine);
+    sidecar.post(
+        "/v1/sessions/b/tool_start",
+        &json!({"tool": "bash", "eta_ms": 1}),
+    );
+    until("b, which is overdue, is back", || {
+        engine.step();
+        engine.pool.leading(&other) == 60
+    });
+    sidecar.post("/v1/sessions/a/tool_end", &json!({}));
+    until("a, which is due, is back", || {
+        engine.step();
+        engine.pool.leading(&mine) == 60
+    });
+    engine.settle();
+    // Something moves, and both are looked at again.
+    engine.flood(100, 20);
+    until("a is there again", || {
+        engine.step();
+        engine.pool.leading(&mine) == 60
+    });
+    engine.settle();
+    let fetched = engine.hooks.figures().prefetch_blocks;
+    for _ in 0..1000 {
+        engine.step();
+    }
+    let again = engine.hooks.figures().prefetch_blocks - fetched;
+    assert_eq!(again, 0, "blocks are fetched anew though nothing happens");
+    assert_eq!(engine.pool.leading(&mine), 60);
+}
+
+#[test]
+fn a_session_that_waits_for_a_tool_again_makes_room_for_one_that_is_due() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let [mine, other] = two_that_do_not_fit(&sidecar, &mut engine);
+    sidecar.post("/v1/sessions/a/tool_end", &json!({}));
+    until("a is back", || {
+        engine.step();
+        engine.pool.leading(&mine) == 60
+    });
+    sidecar.post("/v1/sessions/b/tool_end", &json!({}));
+    sidecar.get("/v1/status");
+    engine.settle();
+    assert!(engine.pool.leading(&other) < 60, "a is spared");
+    sidecar.post(
+        "/v1/sessions/a/tool_start",
+        &json!({"tool": "bash", "eta_ms": 60_000}),
+    );
+    until("b is back", || {
+        engine.step();
+        engine.pool.leading(&other) == 60
+    });
+}
+
+#[test]
+fn without_prefetch_a_hint_is_answered_by_the_engine() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start_without_prefetch(&sidecar, "e", 100);
+    let mine = session(40, 1);
+    engine.turn(Some("a"), &mine);
+    saved(&mut engine, &sidecar, "a", BLOCKS);
+    engine.flood(7, 200);
+    let envelope = json!({"protocol_version": "1.0", "message_id": "m", "actions": [{
+        "action_id": "1", "action_type": "kv.prefetch", "action_version": "1.0",
+        "payload": {"target": {"session_id": "a"}},
+    }]});
+    let answer = std::thread::scope(|scope| {
+        let hint = scope.spawn(|| sidecar.post("/v1/hints", &envelope));
+        until("the hint is answered", || {
+            engine.step();
+            hint.is_finished()
+        });
+        hint.join().unwrap()
+    });
+    assert_eq!(answer["results"][0]["outcome"], "deferred", "{answer}");
+    assert!(!answer.to_string().contains("not answered"), "{answer}");
+    assert_eq!(engine.pool.leading(&mine), 0);
+}
+
+#[test]
+fn a_fetch_does_not_evict_what_is_still_to_be_saved() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let mine = session(60, 1);
+    engine.turn(Some("a"), &mine);
+    saved(&mut engine, &sidecar, "a", 60);
+    engine.flood(7, 200);
+    engine.settle();
+    engine.switch.hold();
+    // As many jobs as there may be at a time; what comes after them waits in the queue.
+    engine.turn(Some("b"), &session(30, 2));
+    engine.turn(Some("c"), &session(30, 3));
+    let unsaved = session(30, 4);
+    engine.turn(Some("d"), &unsaved);
+    sidecar.post("/v1/sessions/a/tool_end", &json!({}));
+    until("a fetch is under way", || {
+        engine.step();
+        sidecar.get("/v1/sessions/a")["state"] == "loading"
+    });
+    assert_eq!(engine.pool.leading(&unsaved), 30);
+    engine.switch.release();
+    saved(&mut engine, &sidecar, "d", 30);
+    until("the session is back", || {
+        engine.step();
+        engine.pool.leading(&mine) == 60
+    });
+}

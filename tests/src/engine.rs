@@ -156,8 +156,23 @@ impl Engine {
         Self::start_in(sidecar, name, blocks, b"weights")
     }
 
+    /// As [`Self::start`], for an engine that is told to load on request only.
+    pub fn start_without_prefetch(sidecar: &Sidecar, name: &str, blocks: u32) -> Self {
+        Self::start_as(sidecar, name, blocks, b"weights", Prefetch::Off)
+    }
+
     /// As [`Self::start`], in the namespace of `material`.
     pub fn start_in(sidecar: &Sidecar, name: &str, blocks: u32, material: &[u8]) -> Self {
+        Self::start_as(sidecar, name, blocks, material, Prefetch::On)
+    }
+
+    fn start_as(
+        sidecar: &Sidecar,
+        name: &str,
+        blocks: u32,
+        material: &[u8],
+        prefetch: Prefetch,
+    ) -> Self {
         let rank_bytes = (LAYERS * LAYER_BYTES) as u64;
         let memory = Memory::new(blocks as usize);
         let stride = LAYER_BYTES as u64;
@@ -181,7 +196,7 @@ impl Engine {
             gpu_blocks: blocks,
             lookup_wait: Duration::from_secs(5),
             hold_ratio: 0.3,
-            prefetch: Prefetch::On,
+            prefetch,
         };
         let hello = Hello {
             role: Role::Worker { rank: 0 },
@@ -365,10 +380,12 @@ impl Engine {
             .collect();
         self.pool.reference(&resident);
         self.verify(&resident, &chain[..local]);
-        let fresh = self
+        let mut fresh = self
             .pool
-            .take(chain.len() - local)
+            .take(hit)
             .expect("the test's pool is large enough for its requests");
+        let to_compute = self.pool.take_to_compute(chain.len() - local - hit);
+        fresh.extend(to_compute.expect("the test's pool is large enough for its requests"));
         self.hooks.swap_in(&request, &fresh[..hit]);
         let mut loaded = hit;
         if hit > 0 {

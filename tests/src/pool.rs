@@ -108,6 +108,13 @@ impl SimPool {
         self.touched.set(self.touched.get() + blocks);
     }
 
+    /// Takes blocks for tokens that are to be computed: those count as handed out.
+    pub fn take_to_compute(&mut self, n: usize) -> Option<Vec<GpuBlock>> {
+        let taken = self.take(n)?;
+        self.handed_out += n;
+        Some(taken)
+    }
+
     /// Blocks handed out since the last call.
     pub fn take_handed_out(&mut self) -> usize {
         std::mem::take(&mut self.handed_out)
@@ -202,7 +209,6 @@ impl GpuPool for SimPool {
             self.uncache(*number);
             self.blocks[*number as usize].references = 1;
         }
-        self.handed_out += n;
         Some(taken.into_iter().map(GpuBlock).collect())
     }
 

@@ -99,6 +99,7 @@ impl SchedulerHooks {
             self.release(&released);
             return;
         }
+        self.watch.count(gpu_blocks.len());
         let lookup = std::mem::replace(&mut turn.lookup, Lookup::Idle);
         let run = match (lookup, offered) {
             (Lookup::Ready(run), Some((local, offered))) if run == offered => Some((local, run)),

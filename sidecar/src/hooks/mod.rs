@@ -97,7 +97,7 @@ pub enum HooksError {
 pub struct Step {
     /// Blocks that running, loading and startable requests still need, plus the next step's decode blocks.
     pub reserve: usize,
-    /// Blocks handed out since the last step.
+    /// Blocks handed out since the last step for tokens that are to be computed; the hooks know of those for loads.
     pub handed_out: usize,
     /// Whether new copies may be started, and how much may be looked at.
     pub mode: StepMode,
@@ -366,6 +366,7 @@ impl SchedulerHooks {
             let findings = self.watch.step(&mut View {
                 facts,
                 pool: &mut *pool,
+                saves: &self.saves,
                 now,
                 touches,
             });

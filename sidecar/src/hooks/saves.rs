@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use kvstore::{BlockHash, GpuBlock, SlotId};
+use kvstore::{BlockHash, DigestMap, GpuBlock, SlotId};
 
 use super::pool::GpuPool;
 
@@ -71,6 +71,20 @@ impl Saves {
                 .drain(..blocks_max.min(self.queue.len()))
                 .collect(),
         )
+    }
+
+    /// The first of these blocks that waits to be saved.
+    pub(super) fn first_of(&self, blocks: &[Option<BlockHash>]) -> Option<usize> {
+        if self.queue.is_empty() && self.asked.is_empty() && self.granted.is_empty() {
+            return None;
+        }
+        let places = blocks.iter().enumerate();
+        let places: DigestMap<usize> = places.filter_map(|(at, b)| Some(((*b)?, at))).collect();
+        let asked = self.asked.iter().flat_map(|(_, hashes)| hashes);
+        let granted = self.granted.iter().flat_map(|grant| &grant.entries);
+        let unsaved = self.queue.iter().chain(asked);
+        let unsaved = unsaved.chain(granted.map(|(hash, _)| hash));
+        unsaved.filter_map(|hash| places.get(hash)).min().copied()
     }
 
     /// Remembers what was asked under which number.

@@ -132,6 +132,7 @@ impl SchedulerHooks {
                 .zip(fetch.blocks.iter().copied())
                 .collect();
             let boot = self.connection.boot.unwrap_or(0);
+            self.watch.count(pairs.len());
             self.totals.prefetch_blocks += u64::try_from(pairs.len()).unwrap_or(u64::MAX);
             self.ship(Work::Prefetch(fetch), boot, &pairs);
         }

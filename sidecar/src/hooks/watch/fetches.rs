@@ -32,6 +32,9 @@ enum Seen {
     Gap,
     /// Nothing to do until something arrives: an answer, the end of a chunk, another want.
     Settled,
+    /// Something is done first, by this step or the next ones: its chain is filed, so that its own blocks are spared; or
+    /// blocks that a fetch would take are saved.
+    NotYet,
     /// No room: another look when there is more.
     NoRoom(WantOutcome),
     /// Blocks of this session, which may be the same, lie where a fetch would take them: they are moved first.
@@ -59,6 +62,10 @@ impl Watch {
                 Seen::All => self.all_there(key, findings),
                 Seen::Gap => self.let_go(key, view.now, findings),
                 Seen::Settled => {}
+                Seen::NotYet => {
+                    self.look_on(key);
+                    return;
+                }
                 Seen::NoRoom(outcome) => self.defer(key, outcome, findings),
                 Seen::InTheWay(session) => {
                     self.round.put_in_order(session);
@@ -98,11 +105,17 @@ impl Watch {
         waiting.note(key, &mut self.news);
         match waiting.wish {
             Wish::Keep | Wish::Nothing => return Seen::Gap,
-            _ if self.limits.prefetch == Prefetch::Off => return Seen::Gap,
+            _ if self.limits.prefetch == Prefetch::Off => {
+                waiting.answer(key, WantOutcome::Deferred, &mut findings.outcomes);
+                return Seen::Gap;
+            }
             Wish::WhenRoom if budget::is_busy(view.facts) => {
                 return Seen::NoRoom(WantOutcome::Deferred);
             }
             Wish::WhenRoom | Wish::Now => {}
+        }
+        if self.places.is_behind(key) {
+            return Seen::NotYet;
         }
         let demand = Demand {
             missing: len - start,
@@ -143,11 +156,18 @@ impl Watch {
         if let Some(session) = in_the_way
             && let Some(waiting) = self.table.get_mut(&key)
             && waiting.look.moves < MOVES_MAX
+            // At the head again after it was moved: there is nothing else left to take.
+            && waiting.look.moved != Some(session)
         {
             waiting.look.moved = Some(session);
             waiting.look.moves += 1;
             return Seen::InTheWay(session);
         }
+        let count = match view.saves.first_of(&head[..count]) {
+            Some(0) => return Seen::NotYet,
+            Some(unsaved) => unsaved,
+            None => count,
+        };
         let Some(blocks) = (count > 0).then(|| view.pool.take(count)).flatten() else {
             return Seen::NoRoom(WantOutcome::Deferred);
         };
@@ -223,12 +243,10 @@ impl Watch {
     /// A session that was only held has lost blocks and its hold is over: nobody looks after it any more.
     fn let_go(&mut self, key: u64, now: Instant, findings: &mut Findings) {
         let over = |w: &Waiting| w.wish == Wish::Keep && w.hold_until <= now && !w.loading;
-        if let Some(run) = self.table.get_mut(&key).and_then(|w| w.run.take()) {
-            findings.released.push(run.lease);
-        }
+        let run = self.table.get_mut(&key).and_then(|w| w.run.take());
+        findings.released.extend(run.map(|run| run.lease));
         if self.table.get(&key).is_some_and(over) {
-            let run = self.remove(key).and_then(|w| w.run);
-            findings.released.extend(run.map(|run| run.lease));
+            self.remove(key);
         }
     }
 
@@ -246,7 +264,8 @@ impl Watch {
     /// How many of the blocks at the head of the free list may be taken for a session: up to the first that it needs
     /// itself, or that belongs to another waiting session expected back no later. And whose that is.
     ///
-    /// When a tool ends is a guess until it has: a session that is due now has to spare only those that are due, too.
+    /// When a tool ends is a guess until it has: a session that is due now has to spare only those that are due, too,
+    /// and is spared by those that are not, however long they are overdue.
     fn spared(&self, key: u64, head: &[Option<BlockHash>], now: Instant) -> (usize, Option<u64>) {
         let Some(waiting) = self.table.get(&key) else {
             return (0, None);
@@ -263,7 +282,8 @@ impl Watch {
                 && other.has(hash, place)
                 && other.expected.is_some()
                 && (other.wish == Wish::Now || !due_now(waiting))
-                && Return(other.expected) <= Return(waiting.expected)
+                && (Return(other.expected) <= Return(waiting.expected)
+                    || (due_now(other) && waiting.wish != Wish::Now))
         };
         let blocks = head.iter().enumerate();
         let mut blocked = blocks.filter_map(|(at, hash)| {

@@ -18,6 +18,7 @@ use kvstore::{BlockHash, GpuBlock, SlotId};
 use self::holds::Round;
 use self::places::{Chain, Place, Places};
 use super::pool::GpuPool;
+use super::saves::Saves;
 use super::turns::LeasedRun;
 use crate::engine::frames::{Residence, SessionNews, WantOutcome, Wish};
 use crate::planner::budget::PoolFacts;
@@ -66,7 +67,7 @@ struct Waiting {
     residence: Residence,
     gpu_blocks: u32,
     /// Positions fetched since its last turn.
-    fetched: Vec<u32>,
+    fetched: BTreeSet<u32>,
     pairs: Vec<(u32, u32)>,
 }
 
@@ -148,6 +149,8 @@ pub enum Prefetch {
 pub(super) struct View<'a> {
     pub(super) facts: PoolFacts,
     pub(super) pool: &'a mut dyn GpuPool,
+    /// Blocks that are still to be saved: a fetch does not evict them.
+    pub(super) saves: &'a Saves,
     pub(super) now: Instant,
     pub(super) touches: Touches,
 }
@@ -264,10 +267,15 @@ impl Watch {
             return released;
         }
         self.unlist(session);
-        let old = self.table.remove(&session);
+        let mut old = self.table.remove(&session);
         let same = old.as_ref().is_some_and(|w| w.chain == new.chain);
         let comes_back = new.wish.comes_back();
-        let spares_the_same = same && comes_back;
+        let spares_the_same = same
+            && comes_back
+            && old.as_ref().is_some_and(|w| {
+                (new.wish == Wish::Now || w.wish != Wish::Now)
+                    && Return(new.expected) <= Return(w.expected)
+            });
         if !spares_the_same && old.as_ref().is_some_and(Waiting::comes_back) {
             self.room_is_made();
         }
@@ -283,6 +291,7 @@ impl Watch {
         // session's only as long as its chain is the same.
         let lease = old.as_ref().and_then(|w| w.run.as_ref());
         released.extend(lease.map(|run| run.lease));
+        let loading = same && old.as_ref().is_some_and(|w| w.loading);
         let waiting = Waiting {
             want: new.want,
             answered: false,
@@ -295,16 +304,21 @@ impl Watch {
             asked: None,
             look: Look::default(),
             gone: None,
-            loading: same && old.as_ref().is_some_and(|w| w.loading),
+            loading,
             held_in: old.as_ref().and_then(|w| w.held_in),
             held: new.hold_until > now,
             residence: old.as_ref().map_or(Residence::Hold, |w| w.residence),
             gpu_blocks: old.as_ref().map_or(0, |w| w.gpu_blocks),
-            fetched: old.map(|w| w.fetched).unwrap_or_default(),
-            pairs: Vec::new(),
+            fetched: old
+                .as_mut()
+                .map(|w| std::mem::take(&mut w.fetched))
+                .unwrap_or_default(),
+            pairs: old.map(|w| w.pairs).filter(|_| loading).unwrap_or_default(),
         };
         self.order.insert((Return(waiting.expected), session));
         self.table.insert(session, waiting);
+        // Wants also come while no step is taken.
+        self.file_places(0);
         if comes_back {
             self.look_anew(session, new.wish == Wish::Now);
         }
@@ -319,7 +333,17 @@ impl Watch {
         }
         let filed = waiting.chain_as_filed();
         self.places.replace(session, filed, Chain::default());
+        self.file_places(0);
         Some(waiting)
+    }
+
+    /// Files some of what the index of places has not been told yet, a share of it at least.
+    fn file_places(&mut self, blocks: usize) {
+        let table = &self.table;
+        self.places.file(blocks, |hash, place| {
+            let waiting = table.get(&place.session);
+            waiting.is_some_and(|w| w.chain_as_filed().files(hash, place.position))
+        });
     }
 
     /// A session leaves those whose blocks are spared: who was deferred may fit now.
@@ -360,7 +384,7 @@ impl Watch {
     pub(super) fn turn_begins(&mut self, session: u64) -> (Vec<u32>, usize) {
         self.table.get_mut(&session).map_or((Vec::new(), 0), |w| {
             let late = if w.loading { w.pairs.len() } else { 0 };
-            (std::mem::take(&mut w.fetched), late)
+            (std::mem::take(&mut w.fetched).into_iter().collect(), late)
         })
     }
 
@@ -411,7 +435,8 @@ impl Watch {
                 released.extend(latest.map(|run| run.lease));
             }
             CopyOutcome::Lost => {
-                waiting.gone = Some(waiting.look.seen);
+                let first = fetch.positions.first();
+                waiting.gone = first.and_then(|position| usize::try_from(*position).ok());
                 released.push(fetch.run.lease);
             }
         }
@@ -468,11 +493,7 @@ impl Watch {
     /// One step: holds refreshed, at most one chunk chosen.
     pub(super) fn step(&mut self, view: &mut View<'_>) -> Findings {
         let mut findings = Findings::default();
-        let table = &self.table;
-        self.places.file(view.touches.0 / 2, |hash, place| {
-            let waiting = table.get(&place.session);
-            waiting.is_some_and(|w| w.chain_as_filed().files(hash, place.position))
-        });
+        self.file_places(view.touches.0);
         if self.table.is_empty() {
             return findings;
         }

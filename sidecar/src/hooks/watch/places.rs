@@ -3,7 +3,7 @@
 //! A want brings a chain of any length, and a step does a bounded amount of work. So the index lags behind the table for
 //! some steps, and whoever reads it checks each place against the session's chain.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use kvstore::{BlockHash, DigestMap};
 use smallvec::SmallVec;
@@ -23,8 +23,13 @@ pub(super) struct Place {
 #[derive(Debug, Default)]
 pub(super) struct Places {
     index: DigestMap<SmallVec<[Place; 1]>>,
-    backlog: VecDeque<Unfiled>,
-    backlog_blocks: usize,
+    /// Chains that have come; those that have gone are filed after them.
+    coming: VecDeque<Unfiled>,
+    going: VecDeque<Unfiled>,
+    /// Blocks of both.
+    unfiled: usize,
+    /// How many chains of a session are coming.
+    behind: HashMap<u64, usize>,
 }
 
 /// A chain as the index has it.
@@ -70,25 +75,28 @@ impl Places {
         } else {
             0
         };
-        for chain in [old, new] {
-            let blocks = chain.blocks_from(shared);
-            if !blocks.is_empty() {
-                self.backlog_blocks += blocks.len();
-                self.backlog.push_back(Unfiled {
-                    session,
-                    blocks,
-                    filed: 0,
-                });
-            }
+        let unfiled = |chain: Chain<'_>| Unfiled {
+            session,
+            blocks: chain.blocks_from(shared),
+            filed: 0,
+        };
+        let (going, coming) = (unfiled(old), unfiled(new));
+        self.unfiled += going.blocks.len() + coming.blocks.len();
+        if !coming.blocks.is_empty() {
+            *self.behind.entry(session).or_default() += 1;
+            self.coming.push_back(coming);
+        }
+        if !going.blocks.is_empty() {
+            self.going.push_back(going);
         }
     }
 
     /// Files `blocks` of what is outstanding, or a share of it if that is more. `belongs` tells whether the index is to
     /// say that a block is at that place.
     pub(super) fn file(&mut self, blocks: usize, belongs: impl Fn(&BlockHash, &Place) -> bool) {
-        let mut left = blocks.max(self.backlog_blocks / BACKLOG_PART);
+        let mut left = blocks.max(self.unfiled / BACKLOG_PART);
         while left > 0
-            && let Some(mut unfiled) = self.backlog.pop_front()
+            && let Some((mut unfiled, comes)) = self.next_unfiled()
         {
             let rest = &unfiled.blocks[unfiled.filed..];
             let now = &rest[..rest.len().min(left)];
@@ -104,12 +112,28 @@ impl Places {
                 }
             }
             left -= now.len();
-            self.backlog_blocks -= now.len();
+            self.unfiled -= now.len();
             unfiled.filed += now.len();
             if unfiled.filed < unfiled.blocks.len() {
-                self.backlog.push_front(unfiled);
+                let queue = if comes {
+                    &mut self.coming
+                } else {
+                    &mut self.going
+                };
+                queue.push_front(unfiled);
+            } else if comes && let Some(chains) = self.behind.get_mut(&unfiled.session) {
+                *chains -= 1;
+                if *chains == 0 {
+                    self.behind.remove(&unfiled.session);
+                }
             }
         }
+    }
+
+    /// The next chain, and whether it comes.
+    fn next_unfiled(&mut self) -> Option<(Unfiled, bool)> {
+        let coming = self.coming.pop_front().map(|unfiled| (unfiled, true));
+        coming.or_else(|| Some((self.going.pop_front()?, false)))
     }
 
     fn enter(&mut self, hash: BlockHash, place: Place) {
@@ -133,14 +157,18 @@ impl Places {
         self.index.get(hash).map_or(&[], |places| places)
     }
 
+    /// Whether nothing is outstanding.
     pub(super) fn is_filed(&self) -> bool {
-        self.backlog.is_empty()
+        self.unfiled == 0
+    }
+
+    /// Whether the index does not know all of a session's chain yet.
+    pub(super) fn is_behind(&self, session: u64) -> bool {
+        self.behind.contains_key(&session)
     }
 
     pub(super) fn clear(&mut self) {
-        self.index.clear();
-        self.backlog.clear();
-        self.backlog_blocks = 0;
+        *self = Self::default();
     }
 }
 
@@ -234,6 +262,19 @@ mod tests {
     }
 
     #[test]
+    fn chains_that_come_are_filed_before_those_that_go() {
+        let (mut places, old, new) = (Places::default(), hashes(0, 100), hashes(100, 5));
+        places.replace(1, Chain::default(), every_block(&old));
+        file_all(&mut places, &[(1, every_block(&old))]);
+        places.replace(1, every_block(&old), Chain::default());
+        places.replace(2, Chain::default(), every_block(&new));
+        assert!(places.is_behind(2) && !places.is_behind(1));
+        places.file(5, |_, place| place.session == 2);
+        assert!(!places.is_behind(2) && !places.is_filed());
+        assert_eq!(sessions(&places, &new[4]), [2]);
+    }
+
+    #[test]
     fn what_is_outstanding_cannot_pile_up() {
         let mut places = Places::default();
         for session in 0..1000 {
@@ -245,5 +286,21 @@ mod tests {
             steps += 1;
         }
         assert!(steps < 300, "{steps} steps for 100,000 blocks");
+    }
+
+    #[test]
+    fn what_is_outstanding_stays_bounded_where_only_wants_come() {
+        let (mut places, chain) = (Places::default(), hashes(0, 100));
+        for _ in 0..1000 {
+            places.replace(1, Chain::default(), every_block(&chain));
+            places.file(0, |_, _| true);
+            places.replace(1, every_block(&chain), Chain::default());
+            places.file(0, |_, _| false);
+        }
+        assert!(
+            places.unfiled <= 2 * BACKLOG_PART * 100,
+            "{}",
+            places.unfiled
+        );
     }
 }
