@@ -7,7 +7,8 @@ the two is one pair; the two stock blocks, which differ by nothing but chance, a
 
 Both servers compute on the same cores, named outright: left to itself vLLM's CPU build reserves a core for a connector,
 and where that leaves none (on two cores) it reserves nothing and computes on all of them, so that the servers would
-differ by far more than by Greenroom.
+differ by far more than by Greenroom. Everything else of both (front end, scheduler, copies, the sidecar) runs on the
+last core, or what of it lands on a computing core by chance would be the largest difference between two blocks.
 
 vLLM's worker spins for a second after its last step and Greenroom saves a little longer: a block begins when all
 servers have come to rest, or it would pay for the block before. What happens after a block's last token is not in its
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import random
 import statistics
 import time
@@ -33,7 +35,7 @@ from serving.report import say
 from support.completions import Ask
 from support.flood import prompt
 from support.process import Process, wait_until
-from support.servers import Sidecar, VllmConfig, VllmServer, compute_cores, greenroom_transfer_config
+from support.servers import Sidecar, VllmConfig, VllmServer, compute_cores, greenroom_transfer_config, last_core
 
 TRIPLETS = 15
 TRIPLETS_MIN = 15
@@ -289,9 +291,14 @@ def sides() -> Iterator[tuple[Side, Side]]:
         sidecar = stack.enter_context(Sidecar(ARENA))
         ours = VllmServer(CONFIG, greenroom_transfer_config(socket=str(sidecar.socket)), "vLLM with Greenroom")
         stock = VllmServer(CONFIG, None, "vLLM alone")
+        assert sidecar.process is not None
+        os.sched_setaffinity(sidecar.process.pid, {last_core()})
         for server in (ours, stock):
             stack.push(server.__exit__)
             server.launch()
+            assert server.process is not None
+            # What it starts inherits it; vLLM's worker moves its computation to `compute_cores` by itself.
+            os.sched_setaffinity(server.process.pid, {last_core()})
         for server in (ours, stock):
             server.wait_ready(say)
         yield Side(stock, None), Side(ours, sidecar)
@@ -321,6 +328,7 @@ def main(options: argparse.Namespace) -> int:
             "pool_blocks": GPU_BLOCKS,
             "arena": ARENA,
             "compute_cores": compute_cores(),
+            "other_core": last_core(),
         },
         "seconds": round(time.monotonic() - began, 1),
     }

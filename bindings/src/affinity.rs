@@ -6,7 +6,8 @@
 use rustix::process::getppid;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-/// Runs `start` on a thread that may run wherever this process's parent may, if this thread is pinned to one CPU; else here.
+/// Runs `start` on a thread that may run wherever this process's parent may, if this thread is pinned to one CPU and the
+/// parent is not pinned to the same; else here.
 /// The threads that `start` makes inherit it. This thread's own affinity stays.
 pub(crate) fn unpinned<T: Send>(start: impl FnOnce() -> T + Send) -> T {
     let Some(wider) = wider() else {
@@ -25,9 +26,9 @@ pub(crate) fn unpinned<T: Send>(start: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// The parent's CPUs, if this thread has only one and may know.
+/// The parent's CPUs, if they are others than this thread's only one and may be known.
 fn wider() -> Option<CpuSet> {
     let own = sched_getaffinity(None).ok()?;
     let parent = sched_getaffinity(Some(getppid()?)).ok()?;
-    (own.count() == 1 && parent.count() > 1).then_some(parent)
+    (own.count() == 1 && parent != own).then_some(parent)
 }

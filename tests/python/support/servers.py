@@ -153,6 +153,11 @@ def greenroom_transfer_config(connector: Connector = Connector(), **extra: Any) 
     }
 
 
+def last_core() -> int:
+    """The core that `compute_cores` leaves out, where there is more than one."""
+    return max(os.sched_getaffinity(0))
+
+
 def compute_cores() -> str:
     """All cores but the last, which is left to vLLM's scheduler and front end: what stock vLLM chooses by itself.
 
