@@ -50,7 +50,7 @@ test: check install install-026 ## every test there is: `check`, then everything
 	.venv/bin/python -m pytest tests/python $(PYTEST_FLAGS)
 
 .PHONY: check
-check: lint check-rust check-python ## the inner loop, without vLLM
+check: lint check-rust check-python check-harness ## the inner loop, without a vLLM server
 
 .PHONY: lint
 lint: $(TOOLS)/.ready ## format and lints of Rust and Python, nothing is changed
@@ -77,6 +77,13 @@ check-python: $(TOOLS)/.ready ## the native module against its stub, the Python 
 	$(TOOLS)/bin/stubtest greenroom._native
 	$(TOOLS)/bin/python -m pytest tests/python -m "not vllm" $(PYTEST_FLAGS)
 
+.PHONY: check-harness
+check-harness: $(TOOLS)/.ready .venv/.ready ## random agents on vLLM's real schedulers, with faults (GREENROOM_TURNS=100000: the long run)
+	$(call build-wheel,--profile faults --features faults,faults,target/wheels-faults)
+	rm -rf target/site-faults
+	$(UV) pip install --quiet --no-deps --python .venv --target target/site-faults target/wheels-faults/greenroom-*.whl
+	PYTHONPATH=target/site-faults GREENROOM_COMMAND=target/site-faults/bin/greenroom .venv/bin/python -m pytest tests/python/harness $(PYTEST_FLAGS)
+
 .PHONY: gpu-check
 gpu-check: ## the tests that need a GPU (fails with REQUIRE_GPU=1 where they cannot run)
 	@echo "gpu-check: nothing was tested. The CUDA engine is not part of this release; Greenroom runs beside vLLM's CPU build."
@@ -90,7 +97,7 @@ bench: ## the benchmarks in benches/; figures as JSON in target/bench-*.json
 	done
 
 .PHONY: bench-serving
-bench-serving: install ## hint → copy, and throughput with nothing to reuse, on real vLLM (≤ 15 minutes); JSON as of `bench`
+bench-serving: install ## hint → copy, and throughput with nothing to reuse, on real vLLM (≤ 45 minutes); JSON as of `bench`
 	status=0; \
 	for name in hint-latency throughput; do \
 	  PYTHONPATH=tests/python:benches .venv/bin/python -m serving $$name --json target/bench-$$name.json || status=1; \

@@ -1,13 +1,14 @@
 """vLLM's throughput with Greenroom against that without it, where no prompt is ever seen again: Greenroom's whole cost.
 
-Two servers are up, only one is loaded at a time. A *block* is a fixed batch of requests, a few at once; every block has
-prompts of its own, so that neither vLLM's prefix cache nor Greenroom's arena can help (`cached_tokens` must be 0). A
-*triplet* is two blocks on the stock server and one on Greenroom's, in random order. Greenroom's block over the mean of
-the two is one pair; the two stock blocks, which differ by nothing but chance, are the noise floor.
+A *block* is a fixed batch of requests, a few at once; every block has prompts of its own, so that neither vLLM's prefix
+cache nor Greenroom's arena can help (`cached_tokens` must be 0). A *round* starts three servers anew, two of stock vLLM
+and one with Greenroom, and loads one at a time with some blocks each, in random order: two starts of one server differ
+by more than two blocks of one start. Greenroom's speed over the mean of the other two is one pair; the two stock
+servers, which differ by nothing but chance, are the noise floor.
 
-Both servers compute on the same cores, named outright: left to itself vLLM's CPU build reserves a core for a connector,
+All servers compute on the same cores, named outright: left to itself vLLM's CPU build reserves a core for a connector,
 and where that leaves none (on two cores) it reserves nothing and computes on all of them, so that the servers would
-differ by far more than by Greenroom. Everything else of both (front end, scheduler, copies, the sidecar) runs on the
+differ by far more than by Greenroom. Everything else of theirs (front end, scheduler, copies, the sidecar) runs on the
 last core, or what of it lands on a computing core by chance would be the largest difference between two blocks.
 
 vLLM's worker spins for a second after its last step and Greenroom saves a little longer: a block begins when all
@@ -24,12 +25,13 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from demo.report import Bar
-from demo.stats import Comparison, compare, percentile
+from demo.stats import Comparison, compare_pairwise, percentile
 from serving import report
 from serving.report import say
 from support.completions import Ask
@@ -37,10 +39,12 @@ from support.flood import prompt
 from support.process import Process, wait_until
 from support.servers import Sidecar, VllmConfig, VllmServer, compute_cores, greenroom_transfer_config, last_core
 
-TRIPLETS = 15
-TRIPLETS_MIN = 15
+ROUNDS = 13
+ROUNDS_MIN = 8
+BLOCKS = 3
+"""Of a server in a round, after one that warms it up."""
 REQUESTS = 12
-SECONDS = 320.0
+SECONDS = 2400.0
 CONCURRENCY = 4
 PROMPT_TOKENS = 512
 ANSWER_TOKENS = 64
@@ -75,7 +79,7 @@ class Block:
     """One batch. `tokens_s`: prompt and answer tokens by the wall clock. `cpu_s`: of its server, until it rested."""
 
     arm: str
-    triplet: int
+    round: int
     tokens_s: float
     seconds: float
     cpu_s: float
@@ -86,7 +90,7 @@ class Block:
 
 
 class Side:
-    """One of the two servers, with the processes that serve it."""
+    """One of the servers, with the processes that serve it."""
 
     def __init__(self, vllm: VllmServer, sidecar: Sidecar | None) -> None:
         self.vllm = vllm
@@ -95,6 +99,16 @@ class Side:
     def cpu_s(self) -> float:
         processes: list[Process | None] = [self.vllm.process, self.sidecar.process if self.sidecar else None]
         return sum(member.cpu_s for process in processes if process is not None for member in process.members())
+
+    def settle(self) -> None:
+        """Everything but what vLLM has put on one core by itself, which is the computation, goes to the last one."""
+        for process in (self.vllm.process, self.sidecar.process if self.sidecar else None):
+            for member in process.members() if process is not None else ():
+                for task in Path(f"/proc/{member.pid}/task").iterdir():
+                    # A thread may have ended since it was listed.
+                    with contextlib.suppress(ProcessLookupError):
+                        if len(os.sched_getaffinity(int(task.name))) > 1:
+                            os.sched_setaffinity(int(task.name), {last_core()})
 
     def rest(self) -> None:
         """Waits until it uses next to no processor time."""
@@ -126,41 +140,39 @@ class Side:
 
 
 class Bench:
-    """Blocks on both servers."""
+    """The blocks of a round."""
 
-    def __init__(self, stock: Side, greenroom: Side, options: argparse.Namespace) -> None:
-        self._sides = {"stock 1": stock, "stock 2": stock, "greenroom": greenroom}
+    def __init__(self, sides: Mapping[str, Side], number: int, options: argparse.Namespace) -> None:
+        self._sides = sides
+        self._number = number
         self._requests = options.requests
         self._seed = options.seed
-        self._rng = random.Random(options.seed)
+        self._rng = random.Random(f"{options.seed}/{number}")
 
-    def warm_up(self) -> None:
-        """What is only slow once: kernels are chosen, the arena's pages appear."""
-        for arm in ("stock 1", "greenroom"):
-            self._block(arm, -1)
+    def blocks(self) -> list[Block]:
+        """What is only slow once is left out: kernels are chosen, the arena's pages appear."""
+        for arm in ARMS:
+            self._block(arm, "warm-up")
+        order = [(arm, part) for part in range(BLOCKS) for arm in self._rng.sample(ARMS, len(ARMS))]
+        return [self._block(arm, str(part)) for arm, part in order]
 
-    def triplet(self, number: int) -> list[Block]:
-        order = list(ARMS)
-        self._rng.shuffle(order)
-        return [self._block(arm, number) for arm in order]
-
-    def _block(self, arm: str, triplet: int) -> Block:
+    def _block(self, arm: str, part: str) -> Block:
         side = self._sides[arm]
-        (other,) = {one for one in self._sides.values() if one is not side}
-        names = [f"{arm}-{triplet}-{request}".replace(" ", "") for request in range(self._requests)]
+        others = [one for one in self._sides.values() if one is not side]
+        names = [f"{arm}-{self._number}-{part}-{request}".replace(" ", "") for request in range(self._requests)]
         asks = [Ask(prompt(name, PROMPT_TOKENS, self._seed), ANSWER_TOKENS, session=name) for name in names]
-        cpu_s, idle_cpu_s = side.cpu_s(), other.cpu_s()
+        cpu_s, idle_cpu_s = side.cpu_s(), sum(other.cpu_s() for other in others)
         start = time.perf_counter()
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             answers = list(pool.map(side.vllm.ask, asks))
         seconds = time.perf_counter() - start
-        idle_share = (other.cpu_s() - idle_cpu_s) / seconds
+        idle_share = (sum(other.cpu_s() for other in others) - idle_cpu_s) / seconds
         saved = side.saved(asks) if side.sidecar else None
         side.rest()
         tokens = sum(answer.prompt_tokens + len(answer.tokens) for answer in answers)
         made = Block(
             arm=arm,
-            triplet=triplet,
+            round=self._number,
             tokens_s=tokens / seconds,
             seconds=seconds,
             cpu_s=side.cpu_s() - cpu_s,
@@ -185,22 +197,25 @@ def problem(block: Block, tokens: int, whole: int) -> str | None:
     return None
 
 
-def triplets(blocks: Sequence[Block]) -> list[dict[str, Block]]:
-    """Those of which all three blocks are valid."""
-    by_number: dict[int, dict[str, Block]] = {}
+def rounds(blocks: Sequence[Block]) -> list[dict[str, float]]:
+    """Tokens per second of each server, of the rounds in which each has a valid block."""
+    by_round: dict[int, dict[str, list[Block]]] = {}
     for block in blocks:
         if block.problem is None:
-            by_number.setdefault(block.triplet, {})[block.arm] = block
-    return [found for _, found in sorted(by_number.items()) if len(found) == len(ARMS)]
+            by_round.setdefault(block.round, {}).setdefault(block.arm, []).append(block)
+    return [
+        {arm: statistics.harmonic_mean([block.tokens_s for block in found[arm]]) for arm in ARMS}
+        for _, found in sorted(by_round.items())
+        if len(found) == len(ARMS)
+    ]
 
 
 def comparisons(blocks: Sequence[Block], seed: int) -> list[Comparison]:
     """Greenroom over stock, then stock over stock."""
-    found = triplets(blocks)
-    speeds = [{arm: block.tokens_s for arm, block in each.items()} for each in found]
+    speeds = rounds(blocks)
     ratio = [(each["greenroom"], statistics.fmean(each[arm] for arm in FLOOR)) for each in speeds]
     floor = [(each["stock 1"], each["stock 2"]) for each in speeds]
-    return [compare(RATIO, ratio, seed), compare(FLOOR, floor, seed)]
+    return [compare_pairwise(RATIO, ratio, seed), compare_pairwise(FLOOR, floor, seed)]
 
 
 def bars(made: Sequence[Comparison]) -> list[Bar]:
@@ -210,11 +225,11 @@ def bars(made: Sequence[Comparison]) -> list[Bar]:
 
 def reasons(blocks: Sequence[Block]) -> list[str]:
     """Why the run proves nothing; empty if it is valid."""
-    count = len(triplets(blocks))
-    if count >= TRIPLETS_MIN:
+    count = len(rounds(blocks))
+    if count >= ROUNDS_MIN:
         return []
     problems = sorted({block.problem for block in blocks if block.problem})
-    return [f"{count} valid triplets of {TRIPLETS_MIN} wanted" + "".join(f"; {one}" for one in problems[:3])]
+    return [f"{count} valid rounds of {ROUNDS_MIN} wanted" + "".join(f"; {one}" for one in problems[:3])]
 
 
 def valid(blocks: Sequence[Block], arm: str) -> list[Block]:
@@ -235,11 +250,11 @@ def table(blocks: Sequence[Block], made: Sequence[Comparison]) -> str:
     for each, label in zip(made, ("", "  (noise floor)"), strict=True):
         interval = f"{each.ci95[0]:.4f} to {each.ci95[1]:.4f}"
         name = f"{each.a} ÷ {each.b}"
-        lines.append(f"{name:<20} P50 ratio {each.p50_ratio:.4f}   95 % {interval}, {each.pairs} triplets{label}")
+        lines.append(f"{name:<20} P50 ratio {each.p50_ratio:.4f}   95 % {interval}, {each.pairs} rounds{label}")
     idle = max((block.idle_cpu_share for block in blocks), default=float("nan"))
     saved = min((block.saved_share for block in blocks if block.saved_share is not None), default=float("nan"))
     cached = sum(block.cached_tokens for block in blocks)
-    lines.append(f"the server that was not asked used at most {idle:.2%} of a core during a block")
+    lines.append(f"the servers that were not asked used at most {idle:.2%} of a core during a block")
     lines.append(f"Greenroom saved at least {saved:.1%} of a block's KV; tokens that came from any cache: {cached}")
     return "\n".join(lines)
 
@@ -263,64 +278,57 @@ def summary(blocks: Sequence[Block], made: Sequence[Comparison]) -> dict[str, An
     }
 
 
-def measure(bench: Bench, wanted: int, seconds: float) -> list[Block]:
-    """Triplets until there are enough, or time is up."""
+def measure(options: argparse.Namespace) -> list[Block]:
+    """Rounds until there are enough, or time is up."""
     blocks: list[Block] = []
     start = time.monotonic()
-    bench.warm_up()
     number = 0
     # One that would end too late does not begin.
     longest = 0.0
-    while len(triplets(blocks)) < wanted and time.monotonic() - start + longest <= seconds:
+    while number < options.rounds and time.monotonic() - start + longest <= options.seconds:
         began = time.monotonic()
-        new = bench.triplet(number)
+        with sides() as found:
+            blocks += Bench(found, number, options).blocks()
         longest = max(longest, time.monotonic() - began)
-        blocks += new
         number += 1
-        line = " · ".join(
-            f"{block.arm} {block.tokens_s:.0f}" + (f" ({block.problem})" if block.problem else "") for block in new
-        )
-        say(f"  triplet {number:>2} of {wanted}, {time.monotonic() - start:>3.0f} s, tokens/s: {line}")
+        last = rounds([block for block in blocks if block.round == number - 1])
+        speeds = " · ".join(f"{arm} {speed:.0f}" for arm, speed in last[0].items()) if last else "invalid"
+        say(f"  round {number:>2} of {options.rounds}, {time.monotonic() - start:>4.0f} s, tokens/s: {speeds}")
     return blocks
 
 
 @contextlib.contextmanager
-def sides() -> Iterator[tuple[Side, Side]]:
-    """Both servers, started at once."""
+def sides() -> Iterator[dict[str, Side]]:
+    """The three servers, started at once."""
     with contextlib.ExitStack() as stack:
         sidecar = stack.enter_context(Sidecar(ARENA))
         ours = VllmServer(CONFIG, greenroom_transfer_config(socket=str(sidecar.socket)), "vLLM with Greenroom")
-        stock = VllmServer(CONFIG, None, "vLLM alone")
-        assert sidecar.process is not None
-        os.sched_setaffinity(sidecar.process.pid, {last_core()})
-        for server in (ours, stock):
-            stack.push(server.__exit__)
-            server.launch()
-            assert server.process is not None
-            # What it starts inherits it; vLLM's worker moves its computation to `compute_cores` by itself.
-            os.sched_setaffinity(server.process.pid, {last_core()})
-        for server in (ours, stock):
-            server.wait_ready(say)
-        yield Side(stock, None), Side(ours, sidecar)
+        found = {arm: Side(VllmServer(CONFIG, None, f"vLLM alone, {arm}"), None) for arm in FLOOR}
+        found["greenroom"] = Side(ours, sidecar)
+        for side in found.values():
+            stack.push(side.vllm.__exit__)
+            side.vllm.launch()
+        for side in found.values():
+            side.vllm.wait_ready()
+        for side in found.values():
+            side.settle()
+            side.rest()
+        yield found
 
 
 def main(options: argparse.Namespace) -> int:
     began = time.monotonic()
     facts = report.facts(options.seed, CONFIG.version)
-    say("Starting the sidecar, vLLM with Greenroom and vLLM alone (about a minute; two on a busy machine) …")
-    with sides() as (stock, greenroom):
-        for side in (stock, greenroom):
-            side.rest()
-        say(
-            f"Triplets: {options.requests} requests of {PROMPT_TOKENS} + {ANSWER_TOKENS} tokens, {CONCURRENCY} at once."
-        )
-        blocks = measure(Bench(stock, greenroom, options), options.triplets, options.seconds)
+    say(f"A round, two to three minutes: three servers started anew, {BLOCKS} blocks on each.")
+    say(f"A block: {options.requests} requests of {PROMPT_TOKENS} + {ANSWER_TOKENS} tokens, {CONCURRENCY} at once.")
+    blocks = measure(options)
     made = comparisons(blocks, options.seed)
     content = {
         **summary(blocks, made),
         **facts,
         "workload": {
             "model": CONFIG.model,
+            "blocks_in_a_round": BLOCKS,
             "requests": options.requests,
             "concurrency": CONCURRENCY,
             "prompt_tokens": PROMPT_TOKENS,

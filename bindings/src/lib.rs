@@ -21,6 +21,13 @@ mod _native {
     #[pymodule_export]
     use super::mover::Mover;
 
+    /// Steers a fault point: `actions` as the `fail` crate reads them. ValueError if they are not.
+    #[cfg(feature = "faults")]
+    #[pyfunction]
+    fn fault(name: &str, actions: &str) -> PyResult<()> {
+        fail::cfg(name, actions).map_err(pyo3::exceptions::PyValueError::new_err)
+    }
+
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         super::log::start();

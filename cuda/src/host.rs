@@ -75,6 +75,8 @@ impl HostEngine {
     }
 
     fn copy(&self, batch: &CopyBatch) -> Result<(), CopyError> {
+        #[cfg(feature = "faults")]
+        faults(batch)?;
         let map = self.map(batch.arena)?;
         for range in &batch.ranges {
             let bytes = usize_from_u64(range.bytes);
@@ -93,6 +95,17 @@ impl HostEngine {
         }
         Ok(())
     }
+}
+
+/// `host::copy::delay`: late. `host::copy::fail`: not at all, and says so.
+#[cfg(feature = "faults")]
+fn faults(batch: &CopyBatch) -> Result<(), CopyError> {
+    fail::fail_point!("host::copy::delay");
+    fail::fail_point!("host::copy::fail", |_| Err(CopyError::Driver {
+        operation: "memcpy",
+        code: 1,
+    }));
+    Ok(())
 }
 
 impl CopyEngine for HostEngine {

@@ -23,7 +23,10 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """P50 of `a` over P50 of `b` on the rounds that have both, with the 95 % interval of the paired bootstrap."""
+    """P50 of `a` over P50 of `b` on the rounds that have both, or the P50 of the rounds' ratios.
+
+    `ci95` is the 95 % interval of the paired bootstrap.
+    """
 
     a: str
     b: str
@@ -44,6 +47,12 @@ def compare(names: tuple[str, str], pairs: Sequence[tuple[float, float]], seed: 
     ratios = [_ratio(rng.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES)]
     interval = (percentile(ratios, 0.025), percentile(ratios, 0.975))
     return Comparison(*names, _ratio(pairs), interval, len(pairs))
+
+
+def compare_pairwise(names: tuple[str, str], pairs: Sequence[tuple[float, float]], seed: int) -> Comparison:
+    """The same with the P50 of the rounds' ratios: for rounds that differ more from each other than within."""
+    ratios = [(a / b, 1.0) for a, b in pairs]
+    return compare(names, ratios, seed)
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> float:

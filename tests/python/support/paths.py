@@ -24,10 +24,12 @@ def python_of(version: str) -> Path:
 
 
 def greenroom_binary() -> Path:
-    """The `greenroom` command: the one of the installed wheel first, then what cargo built last."""
+    """The `greenroom` command: the one that `GREENROOM_COMMAND` names, the one of the installed wheel, or what cargo
+    built last."""
+    named = [Path(name).resolve() for name in (os.environ.get("GREENROOM_COMMAND"),) if name]
     built = [TARGET / kind / "greenroom" for kind in ("release", "debug")]
     built = sorted((path for path in built if path.exists()), key=lambda path: -path.stat().st_mtime)
-    for path in (Path(sys.prefix) / "bin" / "greenroom", VENVS["0.32"] / "bin" / "greenroom", *built):
+    for path in (*named, Path(sys.prefix) / "bin" / "greenroom", VENVS["0.32"] / "bin" / "greenroom", *built):
         if path.exists():
             return path
     raise FileNotFoundError("no greenroom command: run `make install` (wheel) or `cargo build -p greenroom-sidecar`")
