@@ -462,6 +462,8 @@ impl SchedulerHooks {
     pub fn figures(&self) -> HookFigures {
         HookFigures {
             waiting: u64::try_from(self.watch.len()).unwrap_or(u64::MAX),
+            // With what the next report takes along.
+            prefetch_used: self.totals.prefetch_used + self.figures.prefetch_used,
             ready: self.is_ready(),
             ..self.totals
         }

@@ -58,6 +58,8 @@ class CheckedHooks:
 
     def __init__(self, hooks: Any) -> None:
         self._hooks = hooks
+        self.starved: list[str] = []
+        """Running requests that this step could not give a block."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._hooks, name)
@@ -76,6 +78,10 @@ class CheckedHooks:
         plan: bytes | None = self._hooks.plan(pool, reserve, handed_out, activity)
         if taken and pool.free() < reserve:
             raise ReserveTaken(f"a fetch of {taken} blocks leaves {pool.free()} free, and requests need {reserve}")
+        if taken and self.starved:
+            raise ReserveTaken(
+                f"a fetch of {taken} blocks while {self.starved} wait for blocks in the middle of a turn"
+            )
         return plan
 
 
@@ -158,6 +164,8 @@ class Engine:
         """By block hash, under the weights of now."""
         self.answers: list[Answer] = []
         self.preemptions = 0
+        self.starved_steps = 0
+        """In which a running request got no block, with tokens of the step to spare."""
         self.steps = 0
         self._kv = self._kv_cache_config()
         hash_fn = get_hash_fn_by_name(self.config.cache_config.prefix_caching_hash_algo)
@@ -173,8 +181,7 @@ class Engine:
         )
         self.worker = self._worker() if options.greenroom else None
         if self.scheduler.connector is not None:
-            side = self.scheduler.connector._scheduler_side
-            side._hooks = CheckedHooks(side._hooks)
+            self._watch_connector(self.scheduler.connector)
         self._runners: dict[str, Runner] = {}
         self._outputs: dict[str, list[int]] = {}
         self._cached: dict[str, int] = {}
@@ -196,6 +203,20 @@ class Engine:
             kv_cache_groups=[KVCacheGroupSpec([LAYER], spec)],
             hash_block_size=options.block_tokens,
         )
+
+    def _watch_connector(self, connector: Any) -> None:
+        side, build = connector._scheduler_side, connector.build_connector_meta
+        side._hooks = checked = CheckedHooks(side._hooks)
+
+        def build_meta(output: SchedulerOutput) -> Any:
+            # A step ahead of its outputs also leaves out what has nothing to compute yet.
+            if not self.options.asynchronous and output.total_num_scheduled_tokens < self.options.step_tokens:
+                running = [one.request_id for one in self.scheduler.running]
+                checked.starved = [one for one in running if one not in output.num_scheduled_tokens]
+            self.starved_steps += bool(checked.starved)
+            return build(output)
+
+        connector.build_connector_meta = build_meta
 
     def _worker(self) -> Any:
         worker = KVConnectorFactory.create_connector(self.config, KVConnectorRole.WORKER, self._kv)

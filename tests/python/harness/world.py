@@ -35,8 +35,9 @@ class WorldOptions:
     answer_tokens: tuple[int, int] = (1, 12)
     session_tokens_max: int = 480
     """Then the session ends and a new one takes its place."""
-    at_once: int = 6
-    """Requests under way, running or waiting, at most."""
+    at_once: tuple[int, int] = (1, 6)
+    """Requests under way, running or waiting, at most: drawn anew now and then, busy times follow quiet ones."""
+    tide_rounds: int = 150
     hint_share: float = 0.15
     """Of the rounds: a hint that has nothing to do with what its session does."""
     abort_share: float = 0.06
@@ -143,6 +144,7 @@ class World:
         self._requests = 0
         self._free_ids: list[str] = []
         self._rounds = 0
+        self._at_once = 0
         self._sidecar_returns: int | None = None
         self._agents = [self._new_agent() for _ in range(options.sessions)]
         self._by_request: dict[str, Agent] = {}
@@ -169,9 +171,11 @@ class World:
     def round(self) -> None:
         """What is due, perhaps a request, perhaps a hint, perhaps an accident; then a step."""
         rng, options = self._rng, self.options
+        if self._rounds % options.tide_rounds == 0:
+            self._at_once = rng.randint(*options.at_once)
         self._rounds += 1
         self._tools()
-        if len(self._by_request) < options.at_once and rng.random() < 0.5:
+        if len(self._by_request) < self._at_once and rng.random() < 0.5:
             self._turn()
         if self._hints is not None and rng.random() < options.hint_share:
             kind = rng.choice(list(self._kinds))
