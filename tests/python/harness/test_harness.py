@@ -98,5 +98,6 @@ BROKEN: dict[str, tuple[str, type[Exception]]] = {
 def test_the_harness_catches(sidecar: Sidecar, seed: int, asynchronous: bool, broken: str) -> None:
     """A test of the test: with a mistake made on purpose, some turn of the first 10,000 shows it."""
     point, error = BROKEN[broken]
-    with faults.fault(point, "return"), pytest.raises(error):
+    with faults.fault(point, "return"), pytest.raises(error) as caught:
         live(sidecar, seed, BROKEN_TURNS, asynchronous, WorldOptions(death_every=0))
+    print(caught.value)
