@@ -261,9 +261,9 @@ impl Metrics {
     /// A fresh set of figures, all zero; labels with a closed set of values are shown from the start.
     pub fn new() -> Self {
         let r = Registry::new();
-        counters(&r, BUILD_INFO)
+        gauges(&r, BUILD_INFO)
             .with_label_values(&[env!("CARGO_PKG_VERSION")])
-            .inc();
+            .set(1);
         let metrics = Self {
             slots: gauges(&r, SLOTS),
             sessions: gauges(&r, SESSIONS),

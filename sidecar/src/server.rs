@@ -40,13 +40,12 @@ pub enum ServeError {
 /// Serves until `shutdown` is done, then drains: clients get 503, and leases may end for `drain_timeout`.
 ///
 /// # Errors
-/// [`ServeError`]; nothing is left behind but a stale socket file at worst.
+/// [`ServeError`]; nothing is left behind.
 pub async fn run(
     config: Config,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
     let arena = Arc::new(ArenaFile::create(config.memory, config.page_size)?);
-    let socket = bind_engine_socket(&config.socket).await?;
     let metrics = Arc::new(Metrics::new());
     let auth = api::auth::Token::load(config.token_file.as_deref())?;
     let http = match config.listen {
@@ -63,6 +62,8 @@ pub async fn run(
         }
         None => None,
     };
+    // Last of what may fail: its file would stay behind.
+    let socket = bind_engine_socket(&config.socket).await?;
     let actor = actor::start(&config, boot_id(), metrics);
     let address = http
         .as_ref()

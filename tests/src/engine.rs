@@ -380,12 +380,20 @@ impl Engine {
             .collect();
         self.pool.reference(&resident);
         self.verify(&resident, &chain[..local]);
-        let mut fresh = self
-            .pool
-            .take(hit)
-            .expect("the test's pool is large enough for its requests");
-        let to_compute = self.pool.take_to_compute(chain.len() - local - hit);
-        fresh.extend(to_compute.expect("the test's pool is large enough for its requests"));
+        // As vLLM does: a request waits for blocks that copies hold.
+        until("copies leave the request its blocks", || {
+            let enough = self.pool.free() >= chain.len() - local;
+            if !enough {
+                self.step();
+            }
+            enough
+        });
+        let mut fresh = self.pool.take(hit).unwrap();
+        fresh.extend(
+            self.pool
+                .take_to_compute(chain.len() - local - hit)
+                .unwrap(),
+        );
         self.hooks.swap_in(&request, &fresh[..hit]);
         let mut loaded = hit;
         if hit > 0 {

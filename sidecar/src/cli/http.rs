@@ -20,11 +20,21 @@ const ANSWER_MAX: u64 = 256 << 20;
 #[derive(Debug, clap::Args)]
 pub(super) struct Server {
     /// Address of the sidecar's HTTP API
-    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7411")]
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7411", value_parser = http_url)]
     pub url: String,
     /// File with the sidecar's token, if it wants one
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
+}
+
+fn http_url(text: &str) -> Result<String, String> {
+    if text.starts_with("http://") || text.starts_with("https://") {
+        Ok(text.to_owned())
+    } else {
+        Err(format!(
+            "an address begins with http://, as in http://{text}"
+        ))
+    }
 }
 
 /// A call to make.

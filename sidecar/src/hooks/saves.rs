@@ -73,18 +73,20 @@ impl Saves {
         )
     }
 
-    /// The first of these blocks that waits to be saved.
-    pub(super) fn first_of(&self, blocks: &[Option<BlockHash>]) -> Option<usize> {
+    /// Whether any of these blocks waits to be saved.
+    pub(super) fn any_of(&self, blocks: &[Option<BlockHash>]) -> bool {
         if self.queue.is_empty() && self.asked.is_empty() && self.granted.is_empty() {
-            return None;
+            return false;
         }
-        let places = blocks.iter().enumerate();
-        let places: DigestMap<usize> = places.filter_map(|(at, b)| Some(((*b)?, at))).collect();
+        let blocks = blocks.iter().flatten();
+        let blocks: DigestMap<()> = blocks.map(|block| (*block, ())).collect();
         let asked = self.asked.iter().flat_map(|(_, hashes)| hashes);
         let granted = self.granted.iter().flat_map(|grant| &grant.entries);
-        let unsaved = self.queue.iter().chain(asked);
-        let unsaved = unsaved.chain(granted.map(|(hash, _)| hash));
-        unsaved.filter_map(|hash| places.get(hash)).min().copied()
+        let mut unsaved = self.queue.iter().chain(asked);
+        unsaved.any(|hash| blocks.contains_key(hash))
+            || granted
+                .map(|(hash, _)| hash)
+                .any(|hash| blocks.contains_key(hash))
     }
 
     /// Remembers what was asked under which number.

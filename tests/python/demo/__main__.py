@@ -79,7 +79,8 @@ def measure(greenroom: Greenroom, plain: Plain, options: argparse.Namespace) -> 
             sample = plain.sample(number) if arm == "recompute" else greenroom.sample(arm, number)
             samples.append(sample)
             line.append(f"{arm} {sample.ttft_ms:.0f} ms" + (f" (INVALID: {sample.problem})" if sample.problem else ""))
-        say(f"  round {number + 1:>2} of {options.rounds}, {time.monotonic() - start:>3.0f} s: " + " · ".join(line))
+        seconds = time.monotonic() - start
+        say(f"  round {number + 1:>2} ({options.rounds} wanted), {seconds:>3.0f} s: " + " · ".join(line))
     return samples
 
 
@@ -134,7 +135,7 @@ def main() -> int:
     }
     content = report.summary(samples, made, facts)
     seen = content["machine"]
-    caption = f"{plan.prompt_tokens} tokens, {config.version} CPU build, {seen['cores']} cores of {seen['cpu']}"
+    caption = f"{config.version} CPU build, {plan.prompt_tokens}-token prompts, {seen['cores']} cores of {seen['cpu']}"
     report.write(options.out, content, report.chart(samples, "vLLM " + caption))
     say("")
     say(report.table(samples, made))

@@ -163,11 +163,9 @@ impl Watch {
             waiting.look.moves += 1;
             return Seen::InTheWay(session);
         }
-        let count = match view.saves.first_of(&head[..count]) {
-            Some(0) => return Seen::NotYet,
-            Some(unsaved) => unsaved,
-            None => count,
-        };
+        if view.saves.any_of(&head[..count]) {
+            return Seen::NotYet;
+        }
         let Some(blocks) = (count > 0).then(|| view.pool.take(count)).flatten() else {
             return Seen::NoRoom(WantOutcome::Deferred);
         };
