@@ -161,12 +161,13 @@ class Bench:
         others = [one for one in self._sides.values() if one is not side]
         names = [f"{arm}-{self._number}-{part}-{request}".replace(" ", "") for request in range(self._requests)]
         asks = [Ask(prompt(name, PROMPT_TOKENS, self._seed), ANSWER_TOKENS, session=name) for name in names]
-        cpu_s, idle_cpu_s = side.cpu_s(), sum(other.cpu_s() for other in others)
+        cpu_s, idle_cpu_s = side.cpu_s(), [other.cpu_s() for other in others]
         start = time.perf_counter()
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             answers = list(pool.map(side.vllm.ask, asks))
         seconds = time.perf_counter() - start
-        idle_share = (sum(other.cpu_s() for other in others) - idle_cpu_s) / seconds
+        idle = [other.cpu_s() - before for other, before in zip(others, idle_cpu_s, strict=True)]
+        idle_share = max(idle) / seconds
         saved = side.saved(asks) if side.sidecar else None
         side.rest()
         tokens = sum(answer.prompt_tokens + len(answer.tokens) for answer in answers)
@@ -191,7 +192,7 @@ def problem(block: Block, tokens: int, whole: int) -> str | None:
     if block.cached_tokens:
         return f"{block.cached_tokens} tokens were cached, not 0"
     if block.idle_cpu_share > IDLE_SHARE_MAX:
-        return f"the other server used {block.idle_cpu_share:.1%} of a core"
+        return f"another server used {block.idle_cpu_share:.1%} of a core"
     if block.saved_share is not None and block.saved_share < SAVED_SHARE_MIN:
         return f"{block.saved_share:.0%} of its blocks were saved"
     return None
@@ -292,7 +293,8 @@ def measure(options: argparse.Namespace) -> list[Block]:
         longest = max(longest, time.monotonic() - began)
         number += 1
         last = rounds([block for block in blocks if block.round == number - 1])
-        speeds = " · ".join(f"{arm} {speed:.0f}" for arm, speed in last[0].items()) if last else "invalid"
+        problems = sorted({block.problem for block in blocks if block.round == number - 1 and block.problem})
+        speeds = " · ".join(f"{arm} {speed:.0f}" for arm, speed in last[0].items()) if last else "; ".join(problems)
         say(f"  round {number:>2} of {options.rounds}, {time.monotonic() - start:>4.0f} s, tokens/s: {speeds}")
     return blocks
 
