@@ -7,6 +7,13 @@ which a model runner calls the worker's connector. What stands in for vLLM: the 
 
 from __future__ import annotations
 
+import os
+
+# Read when vLLM is imported, and only here: servers that other tests start would inherit it. The model runner that the
+# harness plays is the first one.
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: run it in .venv")
+if not hasattr(pytest.importorskip("greenroom._native"), "fault"):
+    # Before anything else is imported: see the head of `engine`.
+    pytest.skip("needs the build with fault points: make check-harness", allow_module_level=True)
 
 from harness import faults
 from harness.engine import Engine, EngineOptions, ReserveTaken, WrongBytes
 from harness.world import Hints, World, WorldOptions
 from support.servers import Sidecar
-
-pytestmark = pytest.mark.skipif(not faults.available(), reason="needs the build with fault points: make check-harness")
 
 TURNS = int(os.environ.get("GREENROOM_TURNS", 3000))
 BROKEN_TURNS = 10_000
