@@ -50,7 +50,7 @@ test: check install install-026 ## every test there is: `check`, then everything
 	.venv/bin/python -m pytest tests/python $(PYTEST_FLAGS)
 
 .PHONY: check
-check: lint check-rust check-python check-harness ## the inner loop, without a vLLM server
+check: lint check-rust check-python ## the inner loop, without vLLM
 
 .PHONY: lint
 lint: $(TOOLS)/.ready ## format and lints of Rust and Python, nothing is changed
