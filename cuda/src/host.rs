@@ -76,7 +76,7 @@ impl HostEngine {
 
     fn copy(&self, batch: &CopyBatch) -> Result<(), CopyError> {
         #[cfg(feature = "faults")]
-        faults(batch)?;
+        faults()?;
         let map = self.map(batch.arena)?;
         for range in &batch.ranges {
             let bytes = usize_from_u64(range.bytes);
@@ -99,7 +99,7 @@ impl HostEngine {
 
 /// `host::copy::delay`: late. `host::copy::fail`: not at all, and says so.
 #[cfg(feature = "faults")]
-fn faults(batch: &CopyBatch) -> Result<(), CopyError> {
+fn faults() -> Result<(), CopyError> {
     fail::fail_point!("host::copy::delay");
     fail::fail_point!("host::copy::fail", |_| Err(CopyError::Driver {
         operation: "memcpy",

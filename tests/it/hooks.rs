@@ -19,6 +19,18 @@ fn saved(engine: &mut Engine, sidecar: &Sidecar, name: &str, blocks: u64) {
     });
 }
 
+/// What a client gets that waits for the engine's answer.
+fn while_stepping<T: Send>(engine: &mut Engine, ask: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(ask);
+        until("the client is answered", || {
+            engine.step();
+            asking.is_finished()
+        });
+        asking.join().unwrap()
+    })
+}
+
 fn session(blocks: u32, id: u32) -> Vec<kvstore::BlockHash> {
     chain((0..blocks).map(|i| id << 20 | i))
 }
@@ -179,17 +191,10 @@ fn sessions_that_exceed_the_pool_are_deferred_or_clipped_and_nothing_hangs() {
     engine.flood(9, 200);
     // Saves under way would take room, and even the first would be clipped.
     engine.settle();
-    let outcomes: Vec<String> = std::thread::scope(|scope| {
-        let asking = scope.spawn(|| {
-            (1..=4)
-                .map(|id| sidecar.prefetch(&format!("s{id}"), &format!("m{id}")))
-                .collect()
-        });
-        until("every hint is answered", || {
-            engine.step();
-            asking.is_finished()
-        });
-        asking.join().unwrap()
+    let outcomes: Vec<serde_json::Value> = while_stepping(&mut engine, || {
+        (1..=4)
+            .map(|id| sidecar.prefetch(&format!("s{id}"), &format!("m{id}"))["outcome"].clone())
+            .collect()
     });
     assert_eq!(outcomes[0], "accepted", "{outcomes:?}");
     assert!(
@@ -512,13 +517,6 @@ fn a_session_that_only_was_held_is_said_to_be_gone_when_it_is() {
     assert_eq!(engine.pool.leading(&mine), left, "nobody brings it back");
 }
 
-fn prefetch(session: &str) -> serde_json::Value {
-    json!({"protocol_version": "1.0", "message_id": "m", "actions": [{
-        "action_id": "1", "action_type": "kv.prefetch", "action_version": "1.0",
-        "payload": {"target": {"session_id": session}},
-    }]})
-}
-
 /// Sessions "a" and "b" of which the pool has room for one, both evicted.
 fn two_that_do_not_fit(sidecar: &Sidecar, engine: &mut Engine) -> [Vec<kvstore::BlockHash>; 2] {
     let chains = [session(60, 1), session(60, 2)];
@@ -598,16 +596,8 @@ fn without_prefetch_a_hint_is_answered_by_the_engine() {
     engine.turn(Some("a"), &mine);
     saved(&mut engine, &sidecar, "a", BLOCKS);
     engine.flood(7, 200);
-    let envelope = prefetch("a");
-    let answer = std::thread::scope(|scope| {
-        let hint = scope.spawn(|| sidecar.post("/v1/hints", &envelope));
-        until("the hint is answered", || {
-            engine.step();
-            hint.is_finished()
-        });
-        hint.join().unwrap()
-    });
-    assert_eq!(answer["results"][0]["outcome"], "deferred", "{answer}");
+    let answer = while_stepping(&mut engine, || sidecar.prefetch("a", "m"));
+    assert_eq!(answer["outcome"], "deferred", "{answer}");
     assert!(!answer.to_string().contains("not answered"), "{answer}");
     assert_eq!(engine.pool.leading(&mine), 0);
 }
@@ -627,14 +617,7 @@ fn a_fetch_does_not_evict_what_is_still_to_be_saved() {
     engine.turn(Some("c"), &session(30, 3));
     let unsaved = session(30, 4);
     engine.turn(Some("d"), &unsaved);
-    let envelope = prefetch("a");
-    std::thread::scope(|scope| {
-        let hint = scope.spawn(|| sidecar.post("/v1/hints", &envelope));
-        until("the hint is answered", || {
-            engine.step();
-            hint.is_finished()
-        });
-    });
+    while_stepping(&mut engine, || sidecar.prefetch("a", "m"));
     assert_eq!(engine.pool.leading(&unsaved), 30);
     engine.switch.release();
     saved(&mut engine, &sidecar, "d", 30);

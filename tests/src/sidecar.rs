@@ -130,15 +130,12 @@ impl Sidecar {
             .unwrap()
     }
 
-    /// One prefetch hint for a session; the outcome.
-    pub fn prefetch(&self, session: &str, message: &str) -> String {
+    /// One prefetch hint for a session; its result.
+    pub fn prefetch(&self, session: &str, message: &str) -> serde_json::Value {
         let hint = serde_json::json!({"protocol_version": "1.0", "message_id": message, "actions": [{
             "action_id": "a", "action_type": "kv.prefetch", "action_version": "1.0",
             "payload": {"target": {"session_id": session}}}]});
-        self.post("/v1/hints", &hint)["results"][0]["outcome"]
-            .as_str()
-            .unwrap()
-            .to_owned()
+        self.post("/v1/hints", &hint)["results"][0].clone()
     }
 }
 

@@ -82,11 +82,9 @@ impl Saves {
         let blocks: DigestMap<()> = blocks.map(|block| (*block, ())).collect();
         let asked = self.asked.iter().flat_map(|(_, hashes)| hashes);
         let granted = self.granted.iter().flat_map(|grant| &grant.entries);
-        let mut unsaved = self.queue.iter().chain(asked);
+        let granted = granted.map(|(hash, _)| hash);
+        let mut unsaved = self.queue.iter().chain(asked).chain(granted);
         unsaved.any(|hash| blocks.contains_key(hash))
-            || granted
-                .map(|(hash, _)| hash)
-                .any(|hash| blocks.contains_key(hash))
     }
 
     /// Remembers what was asked under which number.

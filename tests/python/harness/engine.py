@@ -16,7 +16,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,6 @@ class Answer:
     tokens: list[int]
     """Those that were generated."""
     reason: str
-    cached: int
-    """Prompt tokens that were not computed when it was first scheduled."""
 
 
 def vllm_config(options: EngineOptions, socket: Path | None) -> VllmConfig:
@@ -171,8 +169,6 @@ class Engine:
         """By block hash, under the weights of now."""
         self.answers: list[Answer] = []
         self.preemptions = 0
-        self.starved_steps = 0
-        """In which a running request got no block, with tokens of the step to spare."""
         self.steps = 0
         self._kv = self._kv_cache_config()
         hash_fn = get_hash_fn_by_name(self.config.cache_config.prefix_caching_hash_algo)
@@ -191,7 +187,6 @@ class Engine:
             self._watch_connector(self.scheduler.connector)
         self._runners: dict[str, Runner] = {}
         self._outputs: dict[str, list[int]] = {}
-        self._cached: dict[str, int] = {}
         self._sessions: dict[str, str] = {}
         self._batches: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
 
@@ -220,7 +215,6 @@ class Engine:
             if not self.options.asynchronous and output.total_num_scheduled_tokens < self.options.step_tokens:
                 running = [one.request_id for one in self.scheduler.running]
                 checked.starved = [one for one in running if one not in output.num_scheduled_tokens]
-            self.starved_steps += bool(checked.starved)
             return build(output)
 
         connector.build_connector_meta = build_meta
@@ -293,7 +287,7 @@ class Engine:
 
     def _ended(self, request_id: str, reason: str) -> None:
         tokens = self._outputs.pop(request_id)
-        self.answers.append(Answer(request_id, tokens, reason, self._cached.pop(request_id, 0)))
+        self.answers.append(Answer(request_id, tokens, reason))
 
     # Steps
 
@@ -359,8 +353,6 @@ class Engine:
         for new in scheduled.scheduled_new_reqs:
             (blocks,) = new.block_ids
             tokens = list(new.prefill_token_ids or new.prompt_token_ids or ())
-            if new.req_id in self._outputs:
-                self._cached[new.req_id] = new.num_computed_tokens
             self._runners[new.req_id] = Runner(tokens, len(new.prompt_token_ids or ()), list(blocks), self.weights)
         cached = scheduled.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
@@ -431,21 +423,18 @@ class Engine:
 
     # What must hold
 
-    def check_pool(self) -> int:
-        """Every block that vLLM's prefix cache knows holds the first bytes of its hash. Returns how many there are.
+    def check_pool(self) -> None:
+        """Every block that vLLM's prefix cache knows holds the first bytes of its hash.
 
         Not while a batch is out: it may hold hashes of blocks that are yet to be computed.
         """
-        cached = 0
         for block in self.scheduler.kv_cache_manager.block_pool.blocks:
             if block.block_hash is None:
                 continue
-            cached += 1
             bare = bytes(block.block_hash[:32])
             first = self.first_bytes.get(bare)
             if first is not None and first != self.pool.entries[block.block_id].tobytes():
                 raise WrongBytes(f"step {self.steps}: GPU block {block.block_id} is cached and holds other bytes")
-        return cached
 
     def free_blocks(self) -> int:
         """Blocks on vLLM's free list."""
@@ -453,11 +442,11 @@ class Engine:
 
     # Resets
 
-    def reset(self, weights: bool = False, running: bool = True) -> bool:
+    def reset(self, weights: bool) -> bool:
         """vLLM's reset of its caches; ``weights``: because the weights have been changed. False: ask again."""
         self.drain()
         try:
-            done = self.scheduler.reset_prefix_cache(reset_running_requests=running, reset_connector=weights)
+            done = self.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=weights)
         except RuntimeError:
             # Its way to say that blocks are referenced, by a load or another copy; its client is told so.
             return False
@@ -466,11 +455,6 @@ class Engine:
             self.first_bytes.clear()
         return bool(done)
 
-    def run(self, steps_max: int, until: Callable[[], bool] | None = None) -> bool:
-        """Steps until there is nothing to do, or ``until``; false if that takes more than ``steps_max``."""
-        for _ in range(steps_max):
-            if until is not None and until():
-                return True
-            if not self.step():
-                return True
-        return False
+    def run(self, steps_max: int) -> bool:
+        """Steps until there is nothing to do; false if that takes more than ``steps_max``."""
+        return any(not self.step() for _ in range(steps_max))

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: run it in .venv")
-if not hasattr(pytest.importorskip("greenroom._native"), "fault"):
+
+from harness import faults
+
+if not faults.available():
     # Before anything else is imported: see the head of `engine`.
     pytest.skip("needs the build with fault points: make check-harness", allow_module_level=True)
 
-from harness import faults
 from harness.engine import Engine, EngineOptions, ReserveTaken, WrongBytes
 from harness.world import Hints, World, WorldOptions
 from support.servers import Sidecar

@@ -81,8 +81,6 @@ class Tally:
 
     turns: int = 0
     events: Counter[str] = field(default_factory=Counter)
-    cached_tokens: int = 0
-    prompt_tokens: int = 0
 
 
 class Hints:
@@ -133,7 +131,7 @@ class Hints:
 class World:
     """Agents, their hints and their accidents."""
 
-    def __init__(self, engine: Engine, hints: Hints | None, seed: int, options: WorldOptions = WorldOptions()) -> None:
+    def __init__(self, engine: Engine, hints: Hints, seed: int, options: WorldOptions = WorldOptions()) -> None:
         self.engine = engine
         self.options = options
         self.tally = Tally()
@@ -177,15 +175,14 @@ class World:
         self._tools()
         if len(self._by_request) < self._at_once and rng.random() < 0.5:
             self._turn()
-        if self._hints is not None and rng.random() < options.hint_share:
+        if rng.random() < options.hint_share:
             kind = rng.choice(list(self._kinds))
             self.tally.events[kind] += 1
             self._kinds[kind]()
         if self._by_request and rng.random() < options.abort_share:
             self._abort(rng.choice(list(self._by_request)))
-        if faults.available():
-            self._copy_faults()
-        if self._hints is not None and options.death_every:
+        self._copy_faults()
+        if options.death_every:
             self._deaths(self._hints.sidecar)
         if rng.randrange(options.reset_every) == 0:
             self._reset(weights=False)
@@ -215,15 +212,14 @@ class World:
         self.engine.check_pool()
         free, total = self.engine.free_blocks(), self.engine.options.blocks - 1
         assert free == total, f"{total - free} GPU blocks are still referenced by nobody"
-        if self._hints is not None:
-            sidecar = self._hints.sidecar
+        sidecar = self._hints.sidecar
 
-            def all_given_back() -> bool:
-                self.engine.idle_step()
-                host = sidecar.get("/v1/status")["tiers"]["host"]
-                return bool(host["slots_leased"] == host["slots_draining"] == 0)
+        def all_given_back() -> bool:
+            self.engine.idle_step()
+            host = sidecar.get("/v1/status")["tiers"]["host"]
+            return bool(host["slots_leased"] == host["slots_draining"] == 0)
 
-            wait_until("the slots that copies used", all_given_back, GIVE_BACK_S, poll_s=0.01)
+        wait_until("the slots that copies used", all_given_back, GIVE_BACK_S, poll_s=0.01)
 
     # Requests
 
@@ -275,8 +271,6 @@ class World:
                 self._start_tool(agent)
             self.tally.turns += 1
             self.tally.events[f"ended_{answer.reason}"] += 1
-            self.tally.cached_tokens += answer.cached
-            self.tally.prompt_tokens += agent.sent
 
     def _reset(self, weights: bool) -> None:
         # vLLM refuses while copies hold blocks: as its users do, ask again.
@@ -309,7 +303,6 @@ class World:
             self._sidecar_returns = self._rounds + self._rng.randint(*self.options.death_rounds)
 
     def _bring_back(self) -> None:
-        assert self._hints is not None
         self._sidecar_returns = None
         self._hints.sidecar.start()
 
@@ -319,19 +312,16 @@ class World:
         rng, options = self._rng, self.options
         agent.tool_ends = self._rounds + rng.randint(*options.tool_rounds)
         agent.returns = agent.tool_ends + rng.randint(*options.return_rounds)
-        if self._hints is not None:
-            self._tool_start(agent)
+        self._tool_start(agent)
 
     def _tools(self) -> None:
         """Tools that end now."""
         for agent in self._agents:
             if agent.tool_ends is not None and agent.tool_ends <= self._rounds:
                 agent.tool_ends = None
-                if self._hints is not None:
-                    self._tool_end(agent)
+                self._tool_end(agent)
 
     def _tool(self, agent: Agent, event: str, body: dict[str, Any]) -> None:
-        assert self._hints is not None
         self._hints.call("POST", f"/v1/sessions/{agent.name}/{event}", body)
 
     def _tool_start(self, agent: Agent | None = None) -> None:
@@ -363,10 +353,8 @@ class World:
         agent = self._rng.choice(self._agents)
         target = {"target": {"session_id": agent.name}}
         one = {"action_id": "1", "action_type": action, "action_version": "1.0", "payload": target}
-        assert self._hints is not None
         self._hints.post_later("/v1/hints", {"protocol_version": "1.0", "message_id": "m", "actions": [one]})
 
     def _retire(self) -> None:
-        assert self._hints is not None
         agent = self._rng.choice(self._agents)
         self._hints.call("DELETE", f"/v1/sessions/{agent.name}")

@@ -274,10 +274,10 @@ impl Watch {
                 return false;
             };
             if place.session == key {
-                return other.has(hash, place) && place.position < other.look.seen;
+                return other.files(hash, place) && place.position < other.look.seen;
             }
-            other.comes_back()
-                && other.has(hash, place)
+            other.wish.comes_back()
+                && other.files(hash, place)
                 && other.expected.is_some()
                 && (other.wish == Wish::Now || !due_now(waiting))
                 && (Return(other.expected) <= Return(waiting.expected)

@@ -175,7 +175,7 @@ impl Watch {
         let is_held = |hash: &BlockHash| {
             self.places.of(hash).iter().any(|place| {
                 let other = self.table.get(&place.session);
-                other.is_some_and(|w| w.held_in == Some(self.round.number) && w.has(hash, place))
+                other.is_some_and(|w| w.held_in == Some(self.round.number) && w.files(hash, place))
             })
         };
         let (sampled, _) = waiting.chain.as_chunks::<SAMPLED>();

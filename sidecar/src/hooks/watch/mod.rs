@@ -276,7 +276,7 @@ impl Watch {
                 (new.wish == Wish::Now || w.wish != Wish::Now)
                     && Return(new.expected) <= Return(w.expected)
             });
-        if !spares_the_same && old.as_ref().is_some_and(Waiting::comes_back) {
+        if !spares_the_same && old.as_ref().is_some_and(|w| w.wish.comes_back()) {
             self.room_is_made();
         }
         let old_chain = old
@@ -328,7 +328,7 @@ impl Watch {
     fn remove(&mut self, session: u64) -> Option<Waiting> {
         self.unlist(session);
         let waiting = self.table.remove(&session)?;
-        if waiting.comes_back() {
+        if waiting.wish.comes_back() {
             self.room_is_made();
         }
         let filed = waiting.chain_as_filed();
@@ -342,7 +342,7 @@ impl Watch {
         let table = &self.table;
         self.places.file(blocks, |hash, place| {
             let waiting = table.get(&place.session);
-            waiting.is_some_and(|w| w.chain_as_filed().files(hash, place.position))
+            waiting.is_some_and(|w| w.files(hash, place))
         });
     }
 
@@ -530,21 +530,16 @@ pub(super) enum CopyOutcome {
 }
 
 impl Waiting {
-    /// Whether it is brought back, and what it has left on the GPU spared.
-    fn comes_back(&self) -> bool {
-        self.wish.comes_back()
-    }
-
     fn chain_as_filed(&self) -> Chain<'_> {
         Chain {
             hashes: &self.chain,
-            every_block: self.comes_back(),
+            every_block: self.wish.comes_back(),
         }
     }
 
-    /// Whether a place that the index names is still in the chain.
-    fn has(&self, hash: &BlockHash, place: &Place) -> bool {
-        self.chain.get(place.position) == Some(hash)
+    /// Whether the index is to say that a block is at this place: it lags, so that its readers ask, too.
+    fn files(&self, hash: &BlockHash, place: &Place) -> bool {
+        self.chain_as_filed().files(hash, place.position)
     }
 
     fn due(&self, session: u64) -> Due {
