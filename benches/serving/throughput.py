@@ -10,8 +10,8 @@ All servers compute on the same cores, named outright: left to itself vLLM's CPU
 and where that leaves none (on two cores) it reserves nothing and computes on all of them, so that the servers would
 differ by far more than by Greenroom. Everything else of theirs (front end, scheduler, copies, the sidecar) runs on the
 last core, or what of it lands on a computing core by chance would be the largest difference between two blocks. And all
-take their memory in 2 MiB pages: which 4 KiB pages the kernel happens to give makes two starts differ by 4 % (with large
-ones by 2 %, both measured with this load on two cores).
+take their memory in 2 MiB pages: which 4 KiB pages the kernel happens to give makes two starts differ by 4 % (with
+large ones by 2 %, both measured with this load on two cores).
 
 vLLM's worker spins for a second after its last step and Greenroom saves a little longer: a block begins when all
 servers have come to rest, or it would pay for the block before. What happens after a block's last token is not in its
@@ -291,7 +291,7 @@ def measure(options: argparse.Namespace) -> list[Block]:
     longest = 0.0
     while number < options.rounds and time.monotonic() - start + longest <= options.seconds:
         began = time.monotonic()
-        with sides() as found:
+        with sides(number) as found:
             blocks += Bench(found, number, options).blocks()
         longest = max(longest, time.monotonic() - began)
         number += 1
@@ -303,14 +303,15 @@ def measure(options: argparse.Namespace) -> list[Block]:
 
 
 @contextlib.contextmanager
-def sides() -> Iterator[dict[str, Side]]:
-    """The three servers, started at once."""
+def sides(number: int) -> Iterator[dict[str, Side]]:
+    """The three servers of a round, started at once; who is first, and has the best of the free memory, changes."""
     with contextlib.ExitStack() as stack:
         sidecar = stack.enter_context(Sidecar(ARENA))
         ours = VllmServer(CONFIG, greenroom_transfer_config(socket=str(sidecar.socket)), "vLLM with Greenroom")
         found = {arm: Side(VllmServer(CONFIG, None, f"vLLM alone, {arm}"), None) for arm in FLOOR}
         found["greenroom"] = Side(ours, sidecar)
-        for side in found.values():
+        for turn in range(len(ARMS)):
+            side = found[ARMS[(turn + number) % len(ARMS)]]
             stack.push(side.vllm.__exit__)
             side.vllm.launch()
         for side in found.values():
