@@ -43,7 +43,8 @@ struct Parts {
     _link: WorkerLink,
     copies: Arc<CopyThread>,
     marker: Box<dyn ComputeMarker>,
-    /// Saves of this step, until it has computed.
+    /// Saves of the last plan: the step that it came with has computed their blocks, and they run beside the next one.
+    /// Started at once they would compete with the scheduler, which has its turn between two steps.
     saves: Vec<PlannedJob>,
     /// Where running demand loads write.
     demand: HashMap<u64, Vec<u32>>,
@@ -72,19 +73,16 @@ impl Mover {
         })
     }
 
-    /// Before the step computes: makes fenced jobs end, gives up cancelled ones, starts the loads.
-    fn begin_step(&self, py: Python<'_>, plan: &[u8], stream: u64) -> PyResult<()> {
-        if plan.is_empty() {
-            return Ok(());
-        }
-        let plan = StepPlan::decode(plan).map_err(NativeError::from)?;
-        py.detach(|| self.with(|parts| parts.begin(plan, stream)))?;
+    /// Once per step, before it computes: makes fenced jobs end, gives up cancelled ones, starts the loads of this plan
+    /// and the saves of the one before.
+    fn step(&self, py: Python<'_>, plan: &[u8], stream: u64) -> PyResult<()> {
+        let plan = if plan.is_empty() {
+            StepPlan::default()
+        } else {
+            StepPlan::decode(plan).map_err(NativeError::from)?
+        };
+        py.detach(|| self.with(|parts| parts.step(plan, stream)))?;
         Ok(())
-    }
-
-    /// After the step's forward pass has been launched: starts the saves.
-    fn end_step(&self, stream: u64) -> PyResult<()> {
-        Ok(self.with(|parts| parts.end(stream))?)
     }
 
     /// The jobs that have ended since the last call, for the scheduler side; `None` if there are none.
@@ -175,7 +173,7 @@ impl Parts {
         })
     }
 
-    fn begin(&mut self, plan: StepPlan, stream: u64) {
+    fn step(&mut self, plan: StepPlan, stream: u64) {
         let unwanted: HashSet<u64> = plan.fence.iter().chain(&plan.cancel).copied().collect();
         for job in self.saves.extract_if(.., |job| unwanted.contains(&job.id)) {
             self.refused.push(not_copied(job.id));
@@ -188,22 +186,13 @@ impl Parts {
             self.copies
                 .cancel(&plan.cancel.into_iter().map(JobId).collect::<Vec<_>>());
         }
-        if !plan.loads.is_empty() {
-            // What was launched before may still read the blocks' earlier content.
-            let after = self.marker.mark(stream);
-            for job in plan.loads {
-                self.submit(job, after);
-            }
-        }
-        self.saves.extend(plan.saves);
-    }
-
-    fn end(&mut self, stream: u64) {
-        if self.saves.is_empty() {
+        let saves = std::mem::replace(&mut self.saves, plan.saves);
+        if plan.loads.is_empty() && saves.is_empty() {
             return;
         }
+        // What was launched before may still read what loads overwrite, and write what saves read.
         let after = self.marker.mark(stream);
-        for job in std::mem::take(&mut self.saves) {
+        for job in plan.loads.into_iter().chain(saves) {
             self.submit(job, after);
         }
     }

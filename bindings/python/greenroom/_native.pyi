@@ -126,15 +126,13 @@ class Mover:
             Unavailable: the system gives no thread.
         """
 
-    def begin_step(self, plan: bytes, stream: int) -> None:
-        """Before the step computes: ends fenced copies, gives up cancelled ones, starts the loads.
+    def step(self, plan: bytes, stream: int) -> None:
+        """Once per step, before it computes: ends fenced copies, gives up cancelled ones, starts this plan's loads and
+        the saves of the plan before. An empty plan is one with nothing in it.
 
         Raises:
             ProtocolError: the scheduler runs another release of Greenroom.
         """
-
-    def end_step(self, stream: int) -> None:
-        """After the forward pass has been launched: starts the saves."""
 
     def report(self) -> bytes | None:
         """What has ended since the last call."""

@@ -5,7 +5,6 @@ Tested with vLLM 0.26.0 and 0.32; other releases need ``"force": true``. What di
 * 0.26 has no ``Request.session_id`` and no ``kv_hints``; its KV tensors carry ``shared_by`` instead of ``layers`` and
   ``layer_stride``; a block-outermost layout is asked for with ``prefer_cross_layer_blocks``.
 * 0.26 derives the hash seed from chance unless ``PYTHONHASHSEED`` is set: KV then does not outlive the engine.
-* 0.26 does not call ``wait_for_save`` on steps without a forward pass.
 
 Nothing here decides anything: it reads vLLM's state, or changes it in the way vLLM itself does.
 """

@@ -177,8 +177,7 @@ class GreenroomConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Blocks are saved whole."""
 
     def wait_for_save(self) -> None:
-        """The step's KV has been written, or its writing launched."""
-        self._worker.end()
+        """No step waits: its blocks are saved beside the next one."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """vLLM's first question after a step; the scheduler's half turns reports into finished loads."""

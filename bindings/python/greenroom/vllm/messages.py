@@ -12,8 +12,6 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """From the scheduler to every worker, once per step."""
 
     plan: bytes = b""
-    computes: bool = True
-    """Whether the step has a forward pass."""
 
 
 @dataclass

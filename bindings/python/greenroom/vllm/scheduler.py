@@ -102,7 +102,7 @@ class SchedulerSide:
             request = turn.request
             self._hooks.blocks_filled(request.request_id, end, b"".join(request.block_hashes[start:end]))
         plan = self._hooks.plan(self._pool, survey.reserve_blocks, survey.handed_out, self._activity(survey))
-        return StepMetadata(plan=plan or b"", computes=output.total_num_scheduled_tokens > 0)
+        return StepMetadata(plan=plan or b"")
 
     def _activity(self, survey: compat.Survey) -> Literal["busy", "idle", "paused"]:
         if self._around.paused():

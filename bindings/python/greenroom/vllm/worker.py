@@ -1,9 +1,7 @@
 """The worker's half of the connector: vLLM's calls, put to the native mover.
 
-One step is, in this order: ``begin`` before anything computes; ``end``, after the last launch that writes KV;
-``collect`` before vLLM asks what was loaded and what failed. With speculative decoding vLLM collects before the drafter
-has run, so ``end`` may come after ``collect``; without a forward pass 0.26 leaves ``end`` out, and ``collect`` makes up
-for it.
+One step is: ``begin`` before anything computes; ``collect`` before vLLM asks what was loaded and what failed. What the
+step writes is saved beside the next one.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ class WorkerSide:
         self._engine = engine
         self._device: Any = None
         self._mover: Mover | None = None
-        self._computes = True
         self._reports: list[bytes] = []
         self._invalid: set[int] = set()
 
@@ -48,22 +45,14 @@ class WorkerSide:
         self._mover = Mover(self._engine, self._rank, regions, memory)
 
     def begin(self, meta: StepMetadata) -> None:
-        """Ends what must end before the step's blocks are written; starts loads."""
-        self._computes = meta.computes
-        if self._mover is not None and meta.plan:
-            self._mover.begin_step(meta.plan, compat.compute_stream(self._device))
-
-    def end(self) -> None:
-        """Starts saves: everything that writes the step's KV has been launched."""
+        """Ends what must end before the step's blocks are written; starts copies."""
         if self._mover is not None:
-            self._mover.end_step(compat.compute_stream(self._device))
+            self._mover.step(meta.plan, compat.compute_stream(self._device))
 
     def collect(self) -> None:
         """Takes stock of copies that have ended; the answers of this step are from here."""
         if self._mover is None:
             return
-        if not self._computes:
-            self.end()
         report = self._mover.report()
         if report is not None:
             self._reports.append(report)
