@@ -82,7 +82,7 @@ check-harness: $(TOOLS)/.ready .venv/.ready ## random agents on vLLM's real sche
 	$(call build-wheel,--profile faults --features faults,faults,target/wheels-faults)
 	rm -rf target/site-faults
 	$(UV) pip install --quiet --no-deps --python .venv --target target/site-faults target/wheels-faults/greenroom-*.whl
-	PYTHONPATH=target/site-faults GREENROOM_COMMAND=target/site-faults/bin/greenroom .venv/bin/python -m pytest tests/python/harness $(PYTEST_FLAGS)
+	PYTHONPATH=target/site-faults:tests/python GREENROOM_COMMAND=target/site-faults/bin/greenroom .venv/bin/python -m pytest tests/python/harness $(PYTEST_FLAGS)
 
 .PHONY: gpu-check
 gpu-check: ## the tests that need a GPU (fails with REQUIRE_GPU=1 where they cannot run)

@@ -14,6 +14,7 @@ import os
 os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+import dataclasses
 import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -24,11 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import KVTransferConfig, VllmConfig
-from vllm.distributed.kv_transfer import kv_transfer_state
-from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.engine.arg_utils import EngineArgs
-from vllm.forward_context import set_forward_context
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -39,17 +37,20 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
-from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
 from harness.model import TOKEN_BYTES, Pool, Truth
+from harness.worker import LAYER, Worker, WorkerProcess
 from support.process import wait_until
 from support.servers import greenroom_transfer_config, model_folder
 
-LAYER = "layer"
 TOKENS_MAX = 1 << 15
 READY_S = 20
 BATCHES_AHEAD = 2
 """With the asynchronous scheduler a batch is scheduled while the one before it is out, as in vLLM."""
+
+
+FirstKey = tuple[int, bytes]
+"""Weights, and the hash of a block. Weights 0 are those in the model's files, with which every engine starts."""
 
 
 class WrongBytes(AssertionError):
@@ -102,6 +103,9 @@ class EngineOptions:
     running_max: int = 4
     step_tokens: int = 64
     asynchronous: bool = False
+    ranks: int = 1
+    processes: bool = False
+    """Whether each worker has a process of its own. It can be killed then."""
     greenroom: bool = True
     extra: Mapping[str, Any] = field(default_factory=dict)
     """``kv_connector_extra_config``, besides the socket."""
@@ -146,6 +150,8 @@ def vllm_config(options: EngineOptions, socket: Path | None) -> VllmConfig:
         async_scheduling=options.asynchronous,
         enable_prefix_caching=True,
         enable_chunked_prefill=True,
+        tensor_parallel_size=options.ranks,
+        distributed_executor_backend="mp" if options.ranks > 1 else None,
         disable_log_stats=True,
         kv_transfer_config=transfer,
     ).create_engine_config()
@@ -158,15 +164,17 @@ def vllm_config(options: EngineOptions, socket: Path | None) -> VllmConfig:
 class Engine:
     """One engine. ``step`` does what one round of vLLM's busy loop does."""
 
-    def __init__(self, options: EngineOptions, socket: Path | None = None) -> None:
+    def __init__(
+        self, options: EngineOptions, socket: Path | None = None, first_digests: dict[FirstKey, bytes] | None = None
+    ) -> None:
+        """``first_digests``: of the engines before this one."""
         self.options = options
         self.config = vllm_config(options, socket)
         self.weights = 0
-        self.pool = Pool(options.blocks, options.block_tokens)
+        self.pool = Pool(options.blocks, options.block_tokens, options.ranks)
         self.truths: dict[str, Truth] = {}
         """By session, so that a turn computes what is new in it only."""
-        self.first_bytes: dict[bytes, bytes] = {}
-        """By block hash, under the weights of now."""
+        self.first_digests = {} if first_digests is None else first_digests
         self.answers: list[Answer] = []
         self.preemptions = 0
         self.steps = 0
@@ -182,7 +190,8 @@ class Engine:
             block_size=options.block_tokens,
             log_stats=False,
         )
-        self.worker = self._worker() if options.greenroom else None
+        self.workers = [self._worker(rank) for rank in range(options.ranks)] if options.greenroom else []
+        self._aggregator = KVOutputAggregator(options.ranks)
         if self.scheduler.connector is not None:
             self._watch_connector(self.scheduler.connector)
         self._runners: dict[str, Runner] = {}
@@ -193,10 +202,13 @@ class Engine:
     def _kv_cache_config(self) -> KVCacheConfig:
         options = self.options
         spec = FullAttentionSpec(
-            block_size=options.block_tokens, num_kv_heads=1, head_size=TOKEN_BYTES // 8, dtype=torch.float32
+            block_size=options.block_tokens,
+            num_kv_heads=1,
+            head_size=TOKEN_BYTES // 8 // options.ranks,
+            dtype=torch.float32,
         )
         page = spec.page_size_bytes
-        assert page == options.block_tokens * TOKEN_BYTES, "an entry of the model is one token's K and V"
+        assert page * options.ranks == options.block_tokens * TOKEN_BYTES, "an entry is one token's K and V"
         size = page * options.blocks
         tensor = KVCacheTensor(size=size, layers=[LAYER], layer_stride=size, block_stride=page)
         return KVCacheConfig(
@@ -219,10 +231,16 @@ class Engine:
 
         connector.build_connector_meta = build_meta
 
-    def _worker(self) -> Any:
-        worker = KVConnectorFactory.create_connector(self.config, KVConnectorRole.WORKER, self._kv)
-        worker.register_kv_caches({LAYER: torch.from_numpy(self.pool.entries)})
-        return worker
+    def _worker(self, rank: int) -> Worker | WorkerProcess:
+        shard = self.pool.shards[rank]
+        if self.options.processes:
+            return WorkerProcess(self.config, self._kv, rank, shard)
+        return Worker(self.config, self._kv, rank, shard.entries)
+
+    def set_fault(self, name: str, actions: str) -> None:
+        """A fault point of the workers: see ``faults``."""
+        for worker in self.workers if self.options.processes else self.workers[:1]:
+            worker.set_fault(name, actions)
 
     def figures(self) -> dict[str, int]:
         """What the connector's hooks have counted."""
@@ -251,8 +269,19 @@ class Engine:
     def close(self) -> None:
         """Ends both halves of the connector."""
         self.scheduler.shutdown()
-        if self.worker is not None:
-            self.worker.shutdown()
+        for worker in self.workers:
+            worker.close()
+        self.pool.close()
+
+    def kill_scheduler(self) -> None:
+        """As `kill -9` of EngineCore: its connection ends and nothing is said. Its workers go on with their copies."""
+        self.scheduler.shutdown()
+
+    def kill_workers(self) -> None:
+        """`kill -9` of every worker process, in the middle of whatever they do."""
+        for worker in self.workers:
+            assert isinstance(worker, WorkerProcess), "only a process can be killed"
+            worker.kill()
 
     # Requests
 
@@ -295,6 +324,10 @@ class Engine:
         """Whether vLLM's busy loop would go on."""
         return bool(self._batches) or self.scheduler.has_requests()
 
+    def batches_out(self) -> int:
+        """Batches whose output has not been taken in."""
+        return len(self._batches)
+
     def step(self) -> bool:
         """One round; false if there was nothing to do."""
         if not self.has_work():
@@ -329,23 +362,15 @@ class Engine:
 
     def _execute(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:
         self._update_requests(scheduled)
-        if self.worker is None:
-            return self._forward(scheduled)
-        kv_transfer_state._KV_CONNECTOR_AGENT = self.worker
-        try:
-            assert scheduled.kv_connector_metadata is not None
-            self.worker.handle_preemptions(scheduled.kv_connector_metadata)
-            if not scheduled.total_num_scheduled_tokens:
-                return KVConnectorModelRunnerMixin.kv_connector_no_forward(scheduled, self.config)
-            with (
-                set_forward_context(None, self.config),
-                KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(scheduled) as connector_output,
-            ):
-                output = self._forward(scheduled)
-            output.kv_connector_output = connector_output
+        for worker in self.workers:
+            worker.begin(scheduled)
+        output = self._forward(scheduled)
+        if not self.workers:
             return output
-        finally:
-            kv_transfer_state._KV_CONNECTOR_AGENT = None
+        outputs: list[ModelRunnerOutput | None] = [
+            dataclasses.replace(output, kv_connector_output=worker.end()) for worker in reversed(self.workers)
+        ]
+        return self._aggregator.aggregate(outputs)
 
     def _update_requests(self, scheduled: SchedulerOutput) -> None:
         for request_id in scheduled.finished_req_ids:
@@ -418,8 +443,8 @@ class Engine:
         if known is None:
             return
         for position, block_hash in enumerate(known.block_hashes[: end // self.options.block_tokens]):
-            if block_hash not in self.first_bytes:
-                self.first_bytes[block_hash] = self.pool.entries[runner.blocks[position]].tobytes()
+            if (self.weights, block_hash) not in self.first_digests:
+                self.first_digests[self.weights, block_hash] = self.pool.digest(runner.blocks[position])
 
     # What must hold
 
@@ -432,8 +457,8 @@ class Engine:
             if block.block_hash is None:
                 continue
             bare = bytes(block.block_hash[:32])
-            first = self.first_bytes.get(bare)
-            if first is not None and first != self.pool.entries[block.block_id].tobytes():
+            first = self.first_digests.get((self.weights, bare))
+            if first is not None and first != self.pool.digest(block.block_id):
                 raise WrongBytes(f"step {self.steps}: GPU block {block.block_id} is cached and holds other bytes")
 
     def free_blocks(self) -> int:
@@ -451,8 +476,7 @@ class Engine:
             # Its way to say that blocks are referenced, by a load or another copy; its client is told so.
             return False
         if done and weights:
-            self.weights += 1
-            self.first_bytes.clear()
+            self.weights = 1 + max((weights for weights, _ in self.first_digests), default=0)
         return bool(done)
 
     def run(self, steps_max: int) -> bool:

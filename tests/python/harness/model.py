@@ -7,6 +7,8 @@ into everything that is computed after it, and the next token is drawn from the 
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,16 +64,26 @@ class Truth:
 
 
 class Pool:
-    """The paged KV pool: one layer, ``block_tokens`` entries to a block."""
+    """The paged KV pool: one layer, ``block_tokens`` entries to a block; each rank has its part of every entry.
 
-    def __init__(self, blocks: int, block_tokens: int) -> None:
+    In memory that processes can share.
+    """
+
+    def __init__(self, blocks: int, block_tokens: int, ranks: int) -> None:
         self.block_tokens = block_tokens
-        self.entries: Entries = np.zeros((blocks, block_tokens, TOKEN_BYTES), np.uint8)
+        self.shards = [Shard(blocks, block_tokens, TOKEN_BYTES // ranks) for _ in range(ranks)]
+
+    def digest(self, block: int) -> bytes:
+        """Of all bytes of a block."""
+        return hashlib.blake2b(
+            b"".join(shard.entries[block].tobytes() for shard in self.shards), digest_size=16
+        ).digest()
 
     def sequence(self, blocks: Sequence[int], tokens: int) -> Entries:
         """The entries that a request with this block table has, a copy."""
-        used = -(-tokens // self.block_tokens)
-        return self.entries[list(blocks[:used])].reshape(-1, TOKEN_BYTES)[:tokens]
+        used = list(blocks[: -(-tokens // self.block_tokens)])
+        found = np.concatenate([shard.entries[used] for shard in self.shards], axis=-1)
+        return found.reshape(-1, TOKEN_BYTES)[:tokens]
 
     def compute(self, blocks: Sequence[int], start: int, tokens: Sequence[int], weights: int) -> int:
         """Writes the entries of ``tokens`` from position ``start`` on; returns the token that follows."""
@@ -79,10 +91,31 @@ class Pool:
         for position, token in enumerate(tokens, start):
             before = next_entry(before, token)
             block, offset = divmod(position, self.block_tokens)
-            self.entries[blocks[block], offset] = np.frombuffer(before, np.uint8)
+            parts = np.split(np.frombuffer(before, np.uint8), len(self.shards))
+            for shard, part in zip(self.shards, parts, strict=True):
+                shard.entries[blocks[block], offset] = part
         return next_token(before)
 
     def _entry(self, blocks: Sequence[int], position: int) -> bytes:
         block, offset = divmod(position, self.block_tokens)
-        entry: bytes = self.entries[blocks[block], offset].tobytes()
-        return entry
+        return b"".join(shard.entries[blocks[block], offset].tobytes() for shard in self.shards)
+
+    def close(self) -> None:
+        """The memory goes with the last process that has mapped it."""
+        for shard in self.shards:
+            os.close(shard.descriptor)
+
+
+class Shard:
+    """One rank's part of the pool: ``entries`` of shape (blocks, block_tokens, entry_bytes)."""
+
+    def __init__(self, blocks: int, block_tokens: int, entry_bytes: int) -> None:
+        self.shape = (blocks, block_tokens, entry_bytes)
+        self.descriptor = os.memfd_create("kv")
+        os.ftruncate(self.descriptor, blocks * block_tokens * entry_bytes)
+        self.entries = entries_of(self.descriptor, self.shape)
+
+
+def entries_of(descriptor: int, shape: tuple[int, ...]) -> Entries:
+    """Maps a shard's memory."""
+    return np.frombuffer(mmap.mmap(descriptor, 0), np.uint8).reshape(shape)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 
@@ -21,8 +22,10 @@ if not faults.available():
     # Before anything else is imported: see the head of `engine`.
     pytest.skip("needs the build with fault points: make check-harness", allow_module_level=True)
 
-from harness.engine import Engine, EngineOptions, ReserveTaken, WrongBytes
-from harness.world import Hints, World, WorldOptions
+from harness.engine import Engine, EngineOptions, FirstKey, ReserveTaken, WrongBytes
+from harness.model import VOCABULARY
+from harness.world import GIVE_BACK_S, Hints, World, WorldOptions
+from support.process import wait_until
 from support.servers import Sidecar
 
 TURNS = int(os.environ.get("GREENROOM_TURNS", 3000))
@@ -59,33 +62,108 @@ def sidecar() -> Iterator[Sidecar]:
         yield running
 
 
-def live(sidecar: Sidecar, seed: int, turns: int, asynchronous: bool, world: WorldOptions) -> Counter[str]:
+def live(sidecar: Sidecar, seed: int, turns: int, engine: EngineOptions, options: WorldOptions) -> Counter[str]:
     """Agents live through so many turns; then everything has to be given back. Returns what has happened."""
-    engine = Engine(EngineOptions(asynchronous=asynchronous), sidecar.socket)
+    digests: dict[FirstKey, bytes] = {}
+
+    def new_engine() -> Engine:
+        started = Engine(engine, sidecar.socket, digests)
+        started.until_ready()
+        return started
+
     hints = Hints(sidecar)
+    world = World(new_engine, hints, seed, options)
     try:
-        engine.until_ready()
-        agents = World(engine, hints, seed, world)
-        try:
-            agents.run(turns)
-            agents.end()
-        finally:
-            happened = agents.tally.events + Counter(engine.figures()) + Counter(preemptions=engine.preemptions)
-            print(dict(happened), f"answers of the API: {dict(hints.statuses)}")
-        return happened
+        world.run(turns)
+        world.end()
     finally:
+        world.count_figures()
+        print(dict(world.tally.events), f"answers of the API: {dict(hints.statuses)}")
         hints.close()
-        engine.close()
+        world.close()
+    return world.tally.events
+
+
+def check(happened: Counter[str], turns: int, also: Sequence[str] = ()) -> None:
+    """What did not happen proves nothing."""
+    assert not [name for name in (*MUST_HAPPEN, *also) if not happened[name]], happened
+    assert happened["demand_blocks"] + happened["prefetch_used"] > turns, happened
 
 
 @SCHEDULERS
 def test_every_block_read_has_the_bytes_of_its_first_computation(
     sidecar: Sidecar, seed: int, asynchronous: bool
 ) -> None:
-    happened = live(sidecar, seed, TURNS, asynchronous, WorldOptions())
-    # What did not happen proves nothing.
-    assert not [name for name in MUST_HAPPEN if not happened[name]], happened
-    assert happened["demand_blocks"] + happened["prefetch_used"] > TURNS, happened
+    check(live(sidecar, seed, TURNS, EngineOptions(asynchronous=asynchronous), WorldOptions()), TURNS)
+
+
+@SCHEDULERS
+def test_two_ranks_whose_processes_are_killed(sidecar: Sidecar, seed: int, asynchronous: bool) -> None:
+    engine = EngineOptions(asynchronous=asynchronous, ranks=2, processes=True)
+    turns = TURNS // 2
+    happened = live(sidecar, seed, turns, engine, WorldOptions(engine_death_every=400))
+    check(happened, turns, ("scheduler_killed", "workers_killed"))
+
+
+CROWD = 8
+CROWD_TOKENS = 20 * 16 + 1
+"""So many sessions of this size are more than twice the pool."""
+QUIET_STEPS = 500
+
+
+@SCHEDULERS
+def test_sessions_that_exceed_the_pool(sidecar: Sidecar, seed: int, asynchronous: bool) -> None:
+    rng = random.Random(seed)
+    engine, hints = Engine(EngineOptions(asynchronous=asynchronous), sidecar.socket), Hints(sidecar)
+    prompts = {f"crowd-{n}": [rng.randrange(VOCABULARY) for _ in range(CROWD_TOKENS)] for n in range(CROWD)}
+
+    def turns(name: str, *sessions: str) -> dict[str, list[int]]:
+        """These sessions send a request at once."""
+        for session in sessions:
+            engine.add(f"{session}-{name}", prompts[session], 1, session)
+        assert engine.run(10_000), f"{engine.alive()} hang"
+        answers, engine.answers = engine.answers, []
+        return {answer.request.removesuffix(f"-{name}"): answer.tokens for answer in answers}
+
+    def steps_until(what: str, condition: Callable[[], bool]) -> None:
+        def step() -> bool:
+            engine.idle_step()
+            return condition()
+
+        wait_until(what, step, GIVE_BACK_S, poll_s=0)
+
+    def is_saved(sessions: int) -> bool:
+        blocks = CROWD_TOKENS // engine.options.block_tokens
+        return engine.figures()["saved_blocks"] == blocks * sessions
+
+    try:
+        engine.until_ready()
+        first: dict[str, list[int]] = {}
+        for number, session in enumerate(prompts, 1):
+            first |= turns("first", session)
+            steps_until("saving", partial(is_saved, number))
+            hints.call("POST", f"/v1/sessions/{session}/tool_start", {"tool": "make", "eta_ms": 600_000})
+        before = engine.figures()["prefetch_blocks"]
+        answer = hints.hint("kv.prefetch", *prompts)
+        steps_until("the answer", answer.done)
+        outcomes = {result["outcome"] for result in answer.result()["results"]}
+        assert outcomes <= {"accepted", "clipped", "deferred"}, outcomes
+        assert outcomes & {"clipped", "deferred"}, outcomes
+
+        # Who is back stays: with nothing new, nothing is moved.
+        for _ in range(QUIET_STEPS):
+            engine.idle_step()
+        fetched = engine.figures()["prefetch_blocks"]
+        assert fetched - before <= engine.options.blocks
+        for _ in range(QUIET_STEPS):
+            engine.idle_step()
+        assert engine.figures()["prefetch_blocks"] == fetched, "sessions push each other out"
+
+        assert turns("second", *prompts) == first
+        assert engine.free_blocks() == engine.options.blocks - 1
+    finally:
+        hints.close()
+        engine.close()
 
 
 BROKEN: dict[str, tuple[str, type[Exception]]] = {
@@ -102,5 +180,5 @@ def test_the_harness_catches(sidecar: Sidecar, seed: int, asynchronous: bool, br
     """A test of the test: with a mistake made on purpose, some turn of the first 10,000 shows it."""
     point, error = BROKEN[broken]
     with faults.fault(point, "return"), pytest.raises(error) as caught:
-        live(sidecar, seed, BROKEN_TURNS, asynchronous, WorldOptions(death_every=0))
+        live(sidecar, seed, BROKEN_TURNS, EngineOptions(asynchronous=asynchronous), WorldOptions(death_every=0))
     print(caught.value)

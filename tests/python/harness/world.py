@@ -7,11 +7,10 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness import faults
 from harness.engine import Engine
 from harness.model import VOCABULARY
 from support.process import wait_until
@@ -59,6 +58,10 @@ class WorldOptions:
     death_every: int = 1200
     """Rounds, on average, between two deaths of the sidecar; it is there again after some rounds. 0: it never dies."""
     death_rounds: tuple[int, int] = (0, 60)
+    engine_death_every: int = 0
+    """Rounds, on average, between two deaths of an engine whose workers are processes; a new one takes its place."""
+    outlive_rounds: tuple[int, int] = (0, 30)
+    """How long its workers outlive their scheduler."""
 
 
 @dataclass
@@ -97,31 +100,43 @@ class Hints:
     def _connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self._port, timeout=10)
 
-    def call(self, method: str, path: str, body: Any = None) -> None:
-        """Waits for the answer."""
-        self._call(self._connection, method, path, body)
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """Waits for the answer, and returns it; None where there is none."""
+        return self._call(self._connection, method, path, body)
 
-    def post_later(self, path: str, body: Any) -> None:
-        """Does not wait for the answer."""
-        self._later.submit(self._post_alone, path, body)
+    def hint(self, action: str, *sessions: str) -> Future[Any]:
+        """A hint for each. The answer comes while the engine takes steps."""
+        actions = [
+            {
+                "action_id": session,
+                "action_type": action,
+                "action_version": "1.0",
+                "payload": {"target": {"session_id": session}},
+            }
+            for session in sessions
+        ]
+        body = {"protocol_version": "1.0", "message_id": "m", "actions": actions}
+        return self._later.submit(self._post_alone, "/v1/hints", body)
 
-    def _post_alone(self, path: str, body: Any) -> None:
+    def _post_alone(self, path: str, body: Any) -> Any:
         connection = self._connect()
         try:
-            self._call(connection, "POST", path, body)
+            return self._call(connection, "POST", path, body)
         finally:
             connection.close()
 
-    def _call(self, connection: http.client.HTTPConnection, method: str, path: str, body: Any) -> None:
-        status = 0
+    def _call(self, connection: http.client.HTTPConnection, method: str, path: str, body: Any) -> Any:
+        status, found = 0, None
         try:
             connection.request(method, path, json.dumps(body), {"content-type": "application/json"})
             answer = connection.getresponse()
-            answer.read()
+            content = answer.read()
             status = answer.status
+            found = json.loads(content) if content else None
         except (OSError, http.client.HTTPException):
             connection.close()
         self.statuses[status] += 1
+        return found
 
     def close(self) -> None:
         self._later.shutdown()
@@ -131,9 +146,12 @@ class Hints:
 class World:
     """Agents, their hints and their accidents."""
 
-    def __init__(self, engine: Engine, hints: Hints, seed: int, options: WorldOptions = WorldOptions()) -> None:
-        self.engine = engine
+    def __init__(self, new_engine: Callable[[], Engine], hints: Hints, seed: int, options: WorldOptions) -> None:
+        self.engine = new_engine()
         self.options = options
+        self._new_engine = new_engine
+        self._orphaned: list[tuple[Engine, int]] = []
+        """Engines without a scheduler, and the round in which their workers die."""
         self.tally = Tally()
         self._hints = hints
         self._rng = random.Random(seed)
@@ -184,6 +202,9 @@ class World:
         self._copy_faults()
         if options.death_every:
             self._deaths(self._hints.sidecar)
+        if options.engine_death_every and rng.randrange(options.engine_death_every) == 0:
+            self._engine_dies()
+        self._bury(self._rounds)
         if rng.randrange(options.reset_every) == 0:
             self._reset(weights=False)
         if rng.randrange(options.weights_every) == 0:
@@ -210,6 +231,7 @@ class World:
         self._take_answers()
         assert not self._by_request, f"requests that never ended: {list(self._by_request)}"
         self.engine.check_pool()
+        self._bury(None)
         free, total = self.engine.free_blocks(), self.engine.options.blocks - 1
         assert free == total, f"{total - free} GPU blocks are still referenced by nobody"
         sidecar = self._hints.sidecar
@@ -288,10 +310,10 @@ class World:
         rng, options = self._rng, self.options
         if rng.random() < options.late_share:
             self.tally.events["late_copies"] += 1
-            faults.set_fault("host::copy::delay", f"{options.late_copies}*sleep({options.late_ms})")
+            self.engine.set_fault("host::copy::delay", f"{options.late_copies}*sleep({options.late_ms})")
         if rng.random() < options.failed_share:
             self.tally.events["failed_copy"] += 1
-            faults.set_fault("host::copy::fail", "1*return")
+            self.engine.set_fault("host::copy::fail", "1*return")
 
     def _deaths(self, sidecar: Sidecar) -> None:
         if self._sidecar_returns is not None:
@@ -305,6 +327,47 @@ class World:
     def _bring_back(self) -> None:
         self._sidecar_returns = None
         self._hints.sidecar.start()
+
+    def _engine_dies(self) -> None:
+        """With all its requests, which come again; the worker processes before the scheduler, or after it."""
+        if self._sidecar_returns is not None:
+            # The next engine would wait for it.
+            self._bring_back()
+        dead = self.engine
+        self.tally.events["batches_lost"] += dead.batches_out()
+        self.count_figures()
+        if self._rng.random() < 0.5:
+            self.tally.events["workers_killed"] += 1
+            dead.kill_workers()
+            dead.kill_scheduler()
+            dead.pool.close()
+        else:
+            self.tally.events["scheduler_killed"] += 1
+            dead.kill_scheduler()
+            self._orphaned.append((dead, self._rounds + self._rng.randint(*self.options.outlive_rounds)))
+        self.engine = self._new_engine()
+        lost, self._by_request, self._free_ids = list(self._by_request.values()), {}, []
+        for agent in lost:
+            self._send(agent)
+
+    def _bury(self, now: int | None) -> None:
+        """The workers whose time has come; without a time, all."""
+        for dead, dies in list(self._orphaned):
+            if now is None or dies <= now:
+                self._orphaned.remove((dead, dies))
+                dead.kill_workers()
+                dead.pool.close()
+
+    def count_figures(self) -> None:
+        """Adds what the engine's hooks have counted to the tally. Once, at its end."""
+        counted = Counter(self.engine.figures()) + Counter(preemptions=self.engine.preemptions)
+        del counted["ready"], counted["waiting"]
+        self.tally.events += counted
+
+    def close(self) -> None:
+        """Ends every engine."""
+        self._bury(None)
+        self.engine.close()
 
     # Hints
 
@@ -344,16 +407,10 @@ class World:
         self._tool(Agent("nobody", []), "tool_end", {})
 
     def _prefetch(self) -> None:
-        self._hint("kv.prefetch")
+        self._hints.hint("kv.prefetch", self._rng.choice(self._agents).name)
 
     def _demote(self) -> None:
-        self._hint("kv.demote")
-
-    def _hint(self, action: str) -> None:
-        agent = self._rng.choice(self._agents)
-        target = {"target": {"session_id": agent.name}}
-        one = {"action_id": "1", "action_type": action, "action_version": "1.0", "payload": target}
-        self._hints.post_later("/v1/hints", {"protocol_version": "1.0", "message_id": "m", "actions": [one]})
+        self._hints.hint("kv.demote", self._rng.choice(self._agents).name)
 
     def _retire(self) -> None:
         agent = self._rng.choice(self._agents)
