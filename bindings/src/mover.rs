@@ -13,8 +13,8 @@ use std::io;
 use std::sync::Arc;
 
 use cuda::{
-    ArenaId, ArenaShard, ComputeMark, ComputeMarker, CopyKind, CopyLimits, CopyThread, DevicePool,
-    DeviceRegion, HostEngine, HostMarker, Job, JobEnd, JobId, Outcome,
+    ArenaId, ArenaShard, ComputeMark, ComputeMarker, CopyError, CopyKind, CopyLimits, CopyThread,
+    DevicePool, DeviceRegion, HostEngine, HostMarker, Job, JobEnd, JobId, Outcome,
 };
 use kvstore::{GpuBlock, SlotId};
 use parking_lot::Mutex;
@@ -193,12 +193,12 @@ impl Parts {
         // What was launched before may still read what loads overwrite, and write what saves read.
         let after = self.marker.mark(stream);
         for job in plan.loads.into_iter().chain(saves) {
-            self.submit(job, after);
+            self.submit(job, &after);
         }
     }
 
     /// A job that cannot be copied is reported as failed: the scheduler side drops it, or has its blocks recomputed.
-    fn submit(&mut self, planned: PlannedJob, after: ComputeMark) {
+    fn submit(&mut self, planned: PlannedJob, after: &Result<ComputeMark, CopyError>) {
         let kind = match planned.kind {
             CopyClass::Demand => CopyKind::Demand,
             CopyClass::Prefetch => CopyKind::Prefetch,
@@ -221,7 +221,10 @@ impl Parts {
             arena: ArenaId(planned.boot),
             pairs,
         };
-        if let Err(error) = self.copies.submit(job, after) {
+        let submitted = after
+            .clone()
+            .and_then(|after| self.copies.submit(job, after));
+        if let Err(error) = submitted {
             tracing::warn!(job = planned.id, %error, "not copied");
             self.refused.push(not_copied(planned.id));
         }

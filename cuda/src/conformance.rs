@@ -283,8 +283,8 @@ fn marks_hold_back(case: &mut Case<'_>) {
             case.check(waits, "it waits for its mark");
         }
         case.check(world.matches(), "not a byte moves before the mark");
-        // What compute wrote last is what a save must see.
-        world.scramble(&mut case.rng);
+        // What compute wrote last is what a save must see, and a load must come after. Slots are stable meanwhile.
+        world.scramble_device(&mut case.rng);
         world.compute.finish();
         case.ends_well(engine.as_mut(), ticket);
         world.model(direction, &pair);

@@ -77,7 +77,8 @@ pub struct CopyBatch {
     pub arena: ArenaId,
     /// What to copy; not empty.
     pub ranges: Vec<CopyRange>,
-    /// No byte is read or written before the compute work up to here has finished.
+    /// No byte is written, and none of the pool is read, before the compute work up to here has finished. A load may read its
+    /// slots earlier: they are stable for as long as the job lives.
     pub after: ComputeMark,
 }
 
@@ -116,7 +117,7 @@ pub enum Poll {
 ///    Tickets may end in any order. After the end no byte of the batch moves.
 /// 4. A range outside the attached mapping or the pool is refused by `submit`, whoever built it.
 /// 5. Dropping the engine returns only when none of its copies is running or can still start.
-/// 6. [`CopyError::EngineDead`] from any method means that the engine can do nothing any more; the owner drops it.
+/// 6. A [fatal](CopyError::is_fatal) error from any method means that the engine can do nothing any more; the owner drops it.
 pub trait CopyEngine: Send {
     /// Short name for logs and figures: `host`, `cuda`.
     fn name(&self) -> &'static str;
@@ -141,8 +142,12 @@ pub trait CopyEngine: Send {
 
 /// Makes compute marks. Called on the engine's compute thread, between launches.
 pub trait ComputeMarker: Send + Sync {
-    /// Marks "everything launched so far" on `stream` (a raw stream handle; engines without streams ignore it).
-    fn mark(&self, stream: u64) -> ComputeMark;
+    /// Marks "everything launched so far" on `stream` (a raw stream handle; engines without streams ignore it). Does not wait
+    /// and does not panic.
+    ///
+    /// Errors: what the driver says, or [`CopyError::Busy`] when the compute work of too many marks has not ended. Nothing may
+    /// then be copied that should have waited for the mark.
+    fn mark(&self, stream: u64) -> Result<ComputeMark, CopyError>;
 }
 
 /// Why a copy, or the thread that makes copies, could not do what was asked.
@@ -199,10 +204,25 @@ pub enum CopyError {
         /// The driver's own error number.
         code: i32,
     },
+    /// The driver no longer tells what runs, or has lost the context: as [`EngineDead`](Self::EngineDead), with the reason.
+    #[error("{operation} failed with code {code}, and CUDA copies cannot go on in this process")]
+    DeviceLost {
+        /// The driver call.
+        operation: &'static str,
+        /// The driver's own error number.
+        code: i32,
+    },
     /// The system gave no thread.
     #[error("could not start the copy thread: {0}")]
     NoThread(io::ErrorKind),
     /// The engine failed for good or the copy thread panicked: nothing is copied any more, do without the cache.
     #[error("the copy engine is dead")]
     EngineDead,
+}
+
+impl CopyError {
+    /// Whether the engine that says so can do nothing any more.
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, Self::EngineDead | Self::DeviceLost { .. })
+    }
 }

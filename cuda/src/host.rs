@@ -167,8 +167,8 @@ impl CopyEngine for HostEngine {
 pub struct HostMarker;
 
 impl ComputeMarker for HostMarker {
-    fn mark(&self, _stream: u64) -> ComputeMark {
-        ComputeMark::NONE
+    fn mark(&self, _stream: u64) -> Result<ComputeMark, CopyError> {
+        Ok(ComputeMark::NONE)
     }
 }
 

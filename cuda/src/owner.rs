@@ -57,11 +57,15 @@ pub(crate) fn run(mut owner: Owner, started: &SyncSender<Result<(), CopyError>>)
     if catch_unwind(AssertUnwindSafe(|| drop(owner))).is_err() {
         tracing::error!(engine = name, "copy engine panicked while it was dropped");
     }
+    let cause = match end {
+        Ok(Err(error)) => error,
+        _ => CopyError::EngineDead,
+    };
     let arenas = {
         let mut state = shared.state.lock();
-        state.phase = Phase::Dead;
         state.attaching.clear();
-        state.jobs.fail_all(&CopyError::EngineDead, Instant::now());
+        state.jobs.fail_all(&cause, Instant::now());
+        state.phase = Phase::Dead(cause);
         std::mem::take(&mut state.arenas)
     };
     shared.ended.notify_all();
@@ -164,7 +168,7 @@ impl Owner {
         if result.is_ok() {
             result = self.engine.attach(id, &shard.map);
         }
-        let dead = result == Err(CopyError::EngineDead);
+        let fatal = result.clone().err().filter(CopyError::is_fatal);
         if result.is_ok() {
             let attached = Attached {
                 shard,
@@ -173,10 +177,7 @@ impl Owner {
             self.shared.state.lock().arenas.insert(id, attached);
         }
         answer(&reply, result);
-        if dead {
-            return Err(CopyError::EngineDead);
-        }
-        Ok(())
+        fatal.map_or(Ok(()), Err)
     }
 
     fn submit(&mut self, job: JobId, batch: &CopyBatch) -> Result<(), CopyError> {
@@ -211,10 +212,10 @@ impl Owner {
     }
 
     fn settle(&mut self, job: JobId, part: Result<u64, CopyError>) -> Result<(), CopyError> {
-        if part == Err(CopyError::EngineDead) {
-            return Err(CopyError::EngineDead);
-        }
         if let Err(error) = &part {
+            if error.is_fatal() {
+                return Err(error.clone());
+            }
             tracing::warn!(engine = self.engine.name(), job = job.0, %error, "copy failed");
         }
         let mut state = self.shared.state.lock();

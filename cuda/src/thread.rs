@@ -64,13 +64,13 @@ pub(crate) struct State {
     pub(crate) rounds: u64,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     Running,
     /// The handle is being dropped.
     Stopping,
-    /// The owner has ended and dropped the engine: no copy runs.
-    Dead,
+    /// The owner has ended, for this reason, and dropped the engine: no copy runs.
+    Dead(CopyError),
 }
 
 pub(crate) struct Attached {
@@ -127,7 +127,7 @@ impl CopyThread {
     ///
     /// Errors: [`CopyError::BadConfig`] for a shard that does not fit the pool, [`CopyError::AlreadyAttached`],
     /// [`CopyError::Busy`] while an earlier attachment of this id is being let go, [`CopyError::TooManyArenas`],
-    /// [`CopyError::EngineDead`], or what the engine says.
+    /// a [fatal](CopyError::is_fatal) error, or what the engine says.
     pub fn attach(&self, id: ArenaId, shard: ArenaShard) -> Result<(), CopyError> {
         shard.validate(&self.pool)?;
         let (reply, attached) = sync_channel(1);
@@ -156,7 +156,7 @@ impl CopyThread {
     ///
     /// Errors: [`CopyError::Busy`] when `queue_jobs` jobs are in flight or not collected, [`CopyError::UnknownArena`],
     /// [`CopyError::DuplicateJob`], [`CopyError::SlotOutOfRange`], [`CopyError::BlockOutOfRange`],
-    /// [`CopyError::EngineDead`]. After an error the job does not exist and will not be reported.
+    /// or a [fatal](CopyError::is_fatal) error. After an error the job does not exist and will not be reported.
     pub fn submit(&self, job: Job, after: ComputeMark) -> Result<(), CopyError> {
         let shard = self.shared.state.lock().admit(&job)?;
         let cutter = Cutter::new(ranges(&self.pool, &shard, &job.pairs)?);
@@ -216,9 +216,10 @@ impl CopyThread {
         self.shared.state.lock().jobs.live()
     }
 
-    /// Whether the engine failed for good: every further call that could fail says [`CopyError::EngineDead`].
+    /// Whether the engine failed for good: every further call that could fail says why, with a
+    /// [fatal](CopyError::is_fatal) error.
     pub fn is_dead(&self) -> bool {
-        self.shared.state.lock().phase == Phase::Dead
+        matches!(self.shared.state.lock().phase, Phase::Dead(_))
     }
 
     #[cfg(test)]
@@ -248,9 +249,10 @@ impl Drop for CopyThread {
 
 impl State {
     fn alive(&self) -> Result<(), CopyError> {
-        match self.phase {
+        match &self.phase {
             Phase::Running => Ok(()),
-            Phase::Stopping | Phase::Dead => Err(CopyError::EngineDead),
+            Phase::Stopping => Err(CopyError::EngineDead),
+            Phase::Dead(cause) => Err(cause.clone()),
         }
     }
 

@@ -114,12 +114,17 @@ impl World {
 
     /// Every byte of both sides becomes a new random one.
     pub(super) fn scramble(&mut self, rng: &mut Rng) {
-        self.device.iter_mut().for_each(|byte| *byte = rng.byte());
-        self.memory.write(0, &self.device);
+        self.scramble_device(rng);
         for (cell, byte) in cells(&self.map).iter().zip(&mut self.host) {
             *byte = rng.byte();
             cell.store(*byte, Ordering::Relaxed);
         }
+    }
+
+    /// Every byte of the device memory becomes a new random one.
+    pub(super) fn scramble_device(&mut self, rng: &mut Rng) {
+        self.device.iter_mut().for_each(|byte| *byte = rng.byte());
+        self.memory.write(0, &self.device);
     }
 
     /// Does to the model what a copy of `pairs` should do, from the definition of the layout, not from `ranges`.
