@@ -19,10 +19,12 @@
 //! - **An idle copy thread sleeps.** It is woken by calls and, only while copies are outstanding, by a poll timer.
 //!
 //! The crate knows arenas and ranges; it knows nothing of sessions, hints or protocols. [`HostEngine`] copies with
-//! `memcpy` for CPU builds of the inference engine; every engine passes the suite in `conformance` (feature `conformance`).
+//! `memcpy` for CPU builds of the inference engine, [`CudaEngine`] with a GPU's copy engines; every engine passes the suite
+//! in `conformance` (feature `conformance`).
 
 #![deny(unsafe_code)]
 
+mod cuda;
 mod device;
 mod engine;
 mod host;
@@ -37,6 +39,7 @@ mod thread;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
 
+pub use cuda::{CopyMethod, CudaDevice, CudaEngine, CudaMarker, NoCuda, Place};
 pub use device::{DevicePool, DeviceRegion};
 pub use engine::{
     ArenaId, ComputeMark, ComputeMarker, CopyBatch, CopyEngine, CopyError, CopyKind, CopyRange,

@@ -1,0 +1,29 @@
+//! The CUDA engine: block copies by the GPU's copy engines, between the registered arena and vLLM's pool.
+//!
+//! ```text
+//!   probe ─► CudaDevice ─► CudaEngine ─ attach ─► registered: touch, register in pieces
+//!                              │
+//!                              ├─ submit ─► ranges cut at pieces ─► wait for the mark ─► methods ─► stream ─► event
+//!                              └─ poll ───► event passed?                 ▲
+//!   vLLM's thread: CudaMarker ─ event on vLLM's stream ───────────────────┘
+//! ```
+//!
+//! It works in the context that torch uses and makes none of its own, on one stream per direction: the driver has one copy
+//! engine for each, which takes what is ready and knows no priorities. Nothing is linked: a machine without a driver gets
+//! [`NoCuda`], which says why. Every driver call is in `driver`; `table` has what is called.
+
+mod codes;
+mod driver;
+mod engine;
+mod marker;
+mod methods;
+mod place;
+mod probe;
+mod registered;
+mod table;
+
+pub use engine::CudaEngine;
+pub use marker::CudaMarker;
+pub use methods::CopyMethod;
+pub use place::Place;
+pub use probe::{CudaDevice, NoCuda};

@@ -1,0 +1,334 @@
+//! How a list of copies is put to the driver: one by one, as one batch, or as rows a constant distance apart.
+//!
+//! What suits depends on the size of a copy and on the driver. One call costs 2 to 7 µs of the copy thread, which large copies
+//! hide and small ones do not; a batch is one call for all; rows are one call for each block whose layers lie a constant
+//! distance apart, for drivers without batches. Which sizes pay is taken from what others measured and is to be measured here.
+//!
+//! Planning is pure; everything else is one driver call after the other.
+
+#![allow(
+    unsafe_code,
+    reason = "checked transfers become driver calls here, in one place"
+)]
+
+use super::codes::DriverError;
+use super::driver::{Batch, Rows, Stream};
+use super::registered::Transfer;
+use crate::device::DevicePool;
+use crate::engine::Direction;
+
+/// Copies of this size on average go one by one.
+const SINGLE_BYTES: u64 = 256 << 10;
+
+/// How copies are put to the driver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CopyMethod {
+    /// What suits the size of the copies and the driver.
+    #[default]
+    Auto,
+    /// Each range by a call of its own.
+    Single,
+    /// All ranges in one call; one by one where the driver cannot (before 12.8).
+    Batch,
+    /// Ranges a constant distance apart in one call, the others by one each.
+    Rows,
+}
+
+/// An enqueuing that failed.
+#[derive(Debug)]
+pub(super) struct Broken {
+    pub(super) error: DriverError,
+    /// Whether some of the copies may have been enqueued.
+    pub(super) begun: bool,
+}
+
+/// The methods that are left to one engine.
+pub(super) struct Methods {
+    wanted: CopyMethod,
+    has_batch: bool,
+    has_rows: bool,
+    max_pitch: u64,
+    batch: Batch,
+}
+
+impl Methods {
+    pub(super) fn new(wanted: CopyMethod, has_batch: bool, max_pitch: u64) -> Self {
+        Self {
+            wanted,
+            has_batch,
+            has_rows: true,
+            max_pitch,
+            batch: Batch::default(),
+        }
+    }
+
+    /// Never [`CopyMethod::Auto`].
+    fn choose(&self, transfers: &[Transfer]) -> CopyMethod {
+        let small = || {
+            let bytes: u64 = transfers.iter().map(Transfer::bytes).sum();
+            transfers.len() > 1 && bytes / kvstore::u64_from(transfers.len()) < SINGLE_BYTES
+        };
+        match self.wanted {
+            CopyMethod::Auto if !small() => CopyMethod::Single,
+            CopyMethod::Auto | CopyMethod::Batch if self.has_batch => CopyMethod::Batch,
+            CopyMethod::Auto | CopyMethod::Rows if self.has_rows => CopyMethod::Rows,
+            _ => CopyMethod::Single,
+        }
+    }
+
+    /// Enqueues all of `transfers`, by the method that suits.
+    ///
+    /// # Safety
+    /// The mappings that the transfers were made of stay mapped until the stream is past them.
+    pub(super) unsafe fn enqueue(
+        &mut self,
+        stream: &Stream,
+        direction: Direction,
+        transfers: &[Transfer],
+        pool: &DevicePool,
+    ) -> Result<(), Broken> {
+        match self.choose(transfers) {
+            CopyMethod::Batch => {
+                self.batch.clear();
+                for one in transfers {
+                    self.batch.push(one.host(), one.device(), one.bytes());
+                }
+                // SAFETY: the addresses are those of checked transfers; the rest by the contract of this function.
+                match unsafe { stream.copy_batch(direction, &mut self.batch) } {
+                    Ok(()) => return Ok(()),
+                    Err(error) if error.is_unsupported() => {
+                        tracing::warn!(%error, "copying without batches from now on");
+                        self.has_batch = false;
+                    }
+                    Err(error) => return Err(Broken { error, begun: true }),
+                }
+            }
+            CopyMethod::Rows => {
+                let rows = rows(transfers, self.max_pitch, pool);
+                // SAFETY: as above: rows are made of transfers.
+                match unsafe { enqueue_rows(stream, direction, &rows) } {
+                    Ok(()) => return Ok(()),
+                    // A driver that cannot, or that does not take two allocations for one.
+                    Err(broken) if broken.error.is_unsupported() || broken.error.is_invalid() => {
+                        tracing::warn!(error = %broken.error, "copying row by row from now on");
+                        self.has_rows = false;
+                        if broken.begun {
+                            return Err(broken);
+                        }
+                    }
+                    Err(broken) => return Err(broken),
+                }
+            }
+            CopyMethod::Auto | CopyMethod::Single => {}
+        }
+        // SAFETY: as above.
+        unsafe { enqueue_single(stream, direction, transfers) }
+    }
+}
+
+/// Enqueues one by one.
+///
+/// # Safety
+/// As for [`Methods::enqueue`].
+pub(super) unsafe fn enqueue_single(
+    stream: &Stream,
+    direction: Direction,
+    transfers: &[Transfer],
+) -> Result<(), Broken> {
+    for (index, one) in transfers.iter().enumerate() {
+        // SAFETY: the addresses are those of a checked transfer; the rest by the contract of this function.
+        unsafe { stream.copy(direction, one.host(), one.device(), one.bytes()) }.map_err(
+            |error| Broken {
+                error,
+                begun: index > 0,
+            },
+        )?;
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As for [`Methods::enqueue`]; each row is a transfer.
+unsafe fn enqueue_rows(stream: &Stream, direction: Direction, rows: &[Rows]) -> Result<(), Broken> {
+    for (index, one) in rows.iter().enumerate() {
+        // SAFETY: by the contract of this function.
+        let end = unsafe {
+            if one.count == 1 {
+                stream.copy(direction, one.host, one.device, one.bytes)
+            } else {
+                stream.copy_rows(direction, one)
+            }
+        };
+        end.map_err(|error| Broken {
+            error,
+            begun: index > 0,
+        })?;
+    }
+    Ok(())
+}
+
+/// Joins neighbours of the list that are equal in size and a constant distance apart on both sides. The driver looks at all
+/// between the first and the last row, so that has to lie in one registration and one stretch of the pool.
+fn rows(transfers: &[Transfer], max_pitch: u64, pool: &DevicePool) -> Vec<Rows> {
+    let mut out: Vec<Rows> = Vec::new();
+    let mut piece = None;
+    for one in transfers {
+        let joined = out
+            .last()
+            .filter(|_| piece == Some(one.piece()))
+            .and_then(|last| extended(last, one, max_pitch))
+            .filter(|rows| {
+                let between = (rows.count - 1) * rows.device_pitch;
+                pool.contains(rows.device, between + rows.bytes)
+            });
+        match (joined, out.last_mut()) {
+            (Some(joined), Some(last)) => *last = joined,
+            _ => out.push(Rows {
+                host: one.host(),
+                device: one.device(),
+                host_pitch: one.bytes(),
+                device_pitch: one.bytes(),
+                bytes: one.bytes(),
+                count: 1,
+            }),
+        }
+        piece = Some(one.piece());
+    }
+    out
+}
+
+/// `rows` with `next` as one more, if it is where that one would be.
+fn extended(rows: &Rows, next: &Transfer, max_pitch: u64) -> Option<Rows> {
+    let (host_pitch, device_pitch) = if rows.count == 1 {
+        (
+            next.host().checked_sub(rows.host)?,
+            next.device().checked_sub(rows.device)?,
+        )
+    } else {
+        (rows.host_pitch, rows.device_pitch)
+    };
+    let place = |start: u64, pitch: u64| rows.count.checked_mul(pitch)?.checked_add(start);
+    let allowed = rows.bytes..=max_pitch;
+    let fits = next.bytes() == rows.bytes
+        && place(rows.host, host_pitch) == Some(next.host())
+        && place(rows.device, device_pitch) == Some(next.device())
+        && allowed.contains(&host_pitch)
+        && allowed.contains(&device_pitch);
+    fits.then_some(Rows {
+        host_pitch,
+        device_pitch,
+        count: rows.count + 1,
+        ..*rows
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testkit::paper_pool;
+
+    const HOST: u64 = 1 << 40;
+    const DEVICE: u64 = 1 << 41;
+
+    /// Transfers of blocks whose layers are strided, in the order in which `ranges` makes them, some of them cut.
+    fn layouts() -> impl Strategy<Value = (Vec<Transfer>, u64)> {
+        let sizes = (1..5_u64, 1..6_u64, 1..9_u64, 0..4_u64);
+        let blocks = prop::collection::vec((0..9_u64, 0..9_u64), 1..6);
+        (sizes, blocks, 1..200_u64, 1..80_u64).prop_map(
+            |((layers, odd, bytes, gap), blocks, piece_bytes, max_pitch)| {
+                let layer_stride = 10 * (bytes + gap);
+                let mut transfers = Vec::new();
+                for (slot, block) in blocks {
+                    for layer in 0..layers {
+                        let offset = (slot * layers + layer) * bytes;
+                        let bytes = if layer == odd {
+                            bytes.div_ceil(2)
+                        } else {
+                            bytes
+                        };
+                        transfers.push(Transfer::on_paper(
+                            HOST + offset,
+                            DEVICE + layer * layer_stride + block * (bytes + gap),
+                            bytes,
+                            offset / piece_bytes,
+                        ));
+                    }
+                }
+                (transfers, max_pitch)
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn rows_are_the_transfers_in_their_order((transfers, max_pitch) in layouts(), hole in any::<bool>()) {
+            // One stretch of pool, or two with a hole between them, which no rows may reach over.
+            let pool = if hole {
+                paper_pool(&[(DEVICE, 20, 20), (DEVICE + 21, 4000, 4000)], 1)
+            } else {
+                paper_pool(&[(DEVICE, 4000, 4000)], 1)
+            };
+            let mut left = transfers.iter();
+            for rows in rows(&transfers, max_pitch, &pool) {
+                let mut pieces = Vec::new();
+                for row in 0..rows.count {
+                    let one = left.next().expect("as many rows as transfers");
+                    prop_assert_eq!(one.host(), rows.host + row * rows.host_pitch);
+                    prop_assert_eq!(one.device(), rows.device + row * rows.device_pitch);
+                    prop_assert_eq!(one.bytes(), rows.bytes);
+                    pieces.push(one.piece());
+                }
+                if rows.count > 1 {
+                    prop_assert!(pieces.iter().all(|piece| *piece == pieces[0]));
+                    prop_assert!(rows.host_pitch <= max_pitch && rows.device_pitch <= max_pitch);
+                    prop_assert!(rows.host_pitch >= rows.bytes && rows.device_pitch >= rows.bytes);
+                    let between = (rows.count - 1) * rows.device_pitch;
+                    prop_assert!(pool.contains(rows.device, between + rows.bytes));
+                }
+            }
+            prop_assert!(left.next().is_none());
+        }
+    }
+
+    #[test]
+    fn the_layers_of_a_block_are_rows() {
+        let layer = |n: u64| Transfer::on_paper(HOST + 64 * n, DEVICE + 1000 * n, 64, 0);
+        let other =
+            |n: u64| Transfer::on_paper(HOST + 5000 + 64 * n, DEVICE + 128 + 1000 * n, 64, 0);
+        let pool = paper_pool(&[(DEVICE, 100_000, 100_000)], 1);
+        let all: Vec<_> = (0..4).map(layer).chain((0..4).map(other)).collect();
+        let counts = |list: &[Rows]| list.iter().map(|rows| rows.count).collect::<Vec<_>>();
+        let found = rows(&all, 1 << 31, &pool);
+        assert_eq!(counts(&found), [4, 4]);
+        assert_eq!((found[1].host_pitch, found[1].device_pitch), (64, 1000));
+        assert_eq!(counts(&rows(&all, 999, &pool)), [1; 8], "too far apart");
+    }
+
+    #[test]
+    fn size_and_driver_decide() {
+        let list = |count: u64, bytes: u64| -> Vec<Transfer> {
+            (0..count)
+                .map(|n| Transfer::on_paper(HOST + n * bytes, DEVICE + 2 * n * bytes, bytes, 0))
+                .collect()
+        };
+        let (few, small, large) = (list(1, 4096), list(8, 65_536), list(8, SINGLE_BYTES));
+        let chosen = |wanted, has_batch, has_rows| {
+            let mut methods = Methods::new(wanted, has_batch, 1 << 31);
+            methods.has_rows = has_rows;
+            [&few, &small, &large].map(|list| methods.choose(list))
+        };
+        use CopyMethod::{Auto, Batch, Rows, Single};
+        assert_eq!(chosen(Auto, true, true), [Single, Batch, Single]);
+        assert_eq!(chosen(Auto, false, true), [Single, Rows, Single]);
+        assert_eq!(chosen(Auto, false, false), [Single; 3]);
+        assert_eq!(chosen(Batch, true, true), [Batch; 3]);
+        assert_eq!(chosen(Batch, false, true), [Single; 3]);
+        assert_eq!(chosen(Rows, true, true), [Rows; 3]);
+        assert_eq!(chosen(Rows, true, false), [Single; 3]);
+        assert_eq!(chosen(Single, true, true), [Single; 3]);
+    }
+}
