@@ -30,6 +30,17 @@ pub(crate) struct EngineConfig {
     prefetch: bool,
 }
 
+/// A worker's KV memory: the attributes of `greenroom.vllm.settings.KvMemory`.
+#[derive(FromPyObject)]
+pub(crate) struct KvMemory {
+    /// The CUDA device that it is on; `None`: in host memory.
+    pub(crate) cuda_device: Option<u32>,
+    /// (Address of block 0, stride, bytes of a block) of each region.
+    pub(crate) regions: Vec<(u64, u64, u64)>,
+    /// What keeps it allocated.
+    pub(crate) owner: Py<PyAny>,
+}
+
 impl EngineConfig {
     /// Where a worker of this engine connects, and what it says first.
     pub(crate) fn worker_hello(&self, rank: u32) -> (PathBuf, Hello) {

@@ -3,7 +3,7 @@
 use std::error::Error as _;
 use std::fmt::Write as _;
 
-use cuda::CopyError;
+use cuda::{CopyError, NoCuda};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -20,6 +20,9 @@ pub(crate) enum NativeError {
     /// Correct the description of the KV memory, or do without the cache.
     #[error("KV blocks cannot be copied")]
     Copy(#[from] CopyError),
+    /// Do what the message says.
+    #[error("CUDA cannot be used")]
+    Cuda(#[from] NoCuda),
     /// Install one release of Greenroom everywhere.
     #[error("the scheduler and the worker do not understand each other")]
     Frame(#[from] FrameError),
@@ -47,6 +50,7 @@ impl NativeError {
                 (ExceptionClass::Config, "config")
             }
             Self::Geometry { .. } => (ExceptionClass::Config, "geometry"),
+            Self::Cuda(_) => (ExceptionClass::Config, "cuda"),
             Self::Hooks(HooksError::Thread(_))
             | Self::Thread(_)
             | Self::Copy(CopyError::NoThread(_)) => (ExceptionClass::Unavailable, "no_thread"),

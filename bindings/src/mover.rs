@@ -11,10 +11,13 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
 
 use cuda::{
-    ArenaId, ArenaShard, ComputeMark, ComputeMarker, CopyError, CopyKind, CopyLimits, CopyThread,
-    DevicePool, DeviceRegion, HostEngine, HostMarker, Job, JobEnd, JobId, Outcome,
+    ArenaId, ArenaShard, ComputeMark, ComputeMarker, CopyEngine, CopyError, CopyKind, CopyLimits,
+    CopyMethod, CopyThread, CudaDevice, CudaEngine, DevicePool, DeviceRegion, HostEngine,
+    HostMarker, Job, JobEnd, JobId, Outcome,
 };
 use kvstore::{GpuBlock, SlotId};
 use parking_lot::Mutex;
@@ -25,8 +28,13 @@ use sidecar::engine::frames::CopyClass;
 use sidecar::engine::plan::{JobReport, PlannedJob, Report, StepPlan};
 
 use crate::affinity::unpinned;
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, KvMemory};
 use crate::errors::NativeError;
+
+/// How long a worker on a GPU waits for its sidecar's arena, and then for the registering, before it goes on without it.
+/// vLLM captures its graphs next, and registering holds up other calls of the process.
+const ARENA_WAIT: Duration = Duration::from_secs(5);
+const REGISTER_WAIT: Duration = Duration::from_secs(120);
 
 /// What the worker side of the connector calls; see `greenroom._native.pyi`.
 #[pyclass(frozen, module = "greenroom._native")]
@@ -56,20 +64,18 @@ struct Parts {
 
 #[pymethods]
 impl Mover {
-    /// `regions` are (address of block 0, stride, bytes of a block), and `memory` keeps them allocated.
     #[new]
-    fn new(
-        py: Python<'_>,
-        config: EngineConfig,
-        rank: u32,
-        regions: Vec<(u64, u64, u64)>,
-        memory: Py<PyAny>,
-    ) -> PyResult<Self> {
-        let parts = py.detach(|| unpinned(|| Parts::start(&config, rank, regions)))?;
+    fn new(py: Python<'_>, config: EngineConfig, rank: u32, memory: KvMemory) -> PyResult<Self> {
+        let KvMemory {
+            cuda_device,
+            regions,
+            owner,
+        } = memory;
+        let parts = py.detach(|| unpinned(|| Parts::start(&config, rank, cuda_device, regions)))?;
         Ok(Self {
             rank,
             parts: Mutex::new(Some(parts)),
-            _memory: memory,
+            _memory: owner,
         })
     }
 
@@ -131,6 +137,7 @@ impl Parts {
     fn start(
         config: &EngineConfig,
         rank: u32,
+        cuda_device: Option<u32>,
         regions: Vec<(u64, u64, u64)>,
     ) -> Result<Self, NativeError> {
         let regions = regions
@@ -153,19 +160,25 @@ impl Parts {
                 expected: config.rank_bytes,
             });
         }
-        let engine = HostEngine::new(Arc::clone(&pool));
-        let copies = Arc::new(CopyThread::spawn(
-            Box::new(engine),
-            pool,
-            CopyLimits::default(),
-        )?);
+        let Copier {
+            engine,
+            marker,
+            limits,
+        } = Copier::find(cuda_device, &pool)?;
+        let copies = Arc::new(CopyThread::spawn(engine, pool, limits)?);
         let (socket, hello) = config.worker_hello(rank);
         let rank_offset = u64::from(rank) * config.rank_bytes;
-        let link = WorkerLink::open(socket, hello, attach(Arc::clone(&copies), rank_offset))?;
+        // Room for both things that happen to the first arena.
+        let (progress, first_arena) = sync_channel(2);
+        let on_arena = attach(Arc::clone(&copies), rank_offset, progress);
+        let link = WorkerLink::open(socket, hello, on_arena)?;
+        if cuda_device.is_some() {
+            wait_for(&first_arena);
+        }
         Ok(Self {
             _link: link,
             copies,
-            marker: Box::new(HostMarker),
+            marker,
             saves: Vec::new(),
             demand: HashMap::new(),
             refused: Vec::new(),
@@ -251,17 +264,68 @@ impl Parts {
     }
 }
 
-/// Makes each arena that the link finds usable, and lets go of the one before it.
-fn attach(copies: Arc<CopyThread>, rank_offset: u64) -> OnArena {
+/// What copies, what marks the compute work that it waits for, and how it is paced.
+struct Copier {
+    engine: Box<dyn CopyEngine>,
+    marker: Box<dyn ComputeMarker>,
+    limits: CopyLimits,
+}
+
+impl Copier {
+    /// The engine for memory on a CUDA device, or in this process's own memory.
+    fn find(cuda_device: Option<u32>, pool: &Arc<DevicePool>) -> Result<Self, NativeError> {
+        let Some(ordinal) = cuda_device else {
+            return Ok(Self {
+                engine: Box::new(HostEngine::new(Arc::clone(pool))),
+                marker: Box::new(HostMarker),
+                limits: CopyLimits::default(),
+            });
+        };
+        let device = CudaDevice::probe(ordinal)?;
+        let engine = CudaEngine::new(&device, Arc::clone(pool), CopyMethod::default())?;
+        // SAFETY: `Mover`'s callers pass what `greenroom.vllm.compat.compute_stream` reads off torch at that moment: the
+        // current stream of the KV cache's device, which torch never destroys.
+        let marker = unsafe { engine.marker() };
+        Ok(Self {
+            marker: Box::new(marker),
+            engine: Box::new(engine),
+            limits: device.limits(),
+        })
+    }
+}
+
+/// Waits until the first arena is there and registered, or has not come in time.
+fn wait_for(first_arena: &Receiver<()>) {
+    if first_arena.recv_timeout(ARENA_WAIT).is_err() {
+        tracing::warn!(
+            seconds = ARENA_WAIT.as_secs(),
+            "no sidecar yet: its arena will be registered while vLLM runs"
+        );
+    } else if first_arena.recv_timeout(REGISTER_WAIT).is_err() {
+        tracing::warn!(
+            seconds = REGISTER_WAIT.as_secs(),
+            "the arena is still being registered"
+        );
+    }
+}
+
+/// Makes each arena that the link finds usable, and lets go of the one before it. Tells when the first one comes, and when
+/// it has been attached or not.
+fn attach(copies: Arc<CopyThread>, rank_offset: u64, progress: SyncSender<()>) -> OnArena {
     let mut current: Option<ArenaId> = None;
+    // Nobody listens after the first arena: the channel is full or closed then.
+    let tell = move || progress.try_send(()).unwrap_or_default();
     Box::new(move |arena: MappedArena| {
+        tell();
         let id = ArenaId(arena.boot);
         let shard = ArenaShard {
             map: arena.map,
             slot_bytes: arena.slot_bytes,
             rank_offset,
         };
-        copies.attach(id, shard).map_err(io::Error::other)?;
+        let attached = copies.attach(id, shard);
+        tell();
+        attached.map_err(io::Error::other)?;
         if let Some(old) = current.replace(id) {
             copies.detach(old);
         }

@@ -27,6 +27,16 @@ class _EngineConfig(Protocol):
     @property
     def prefetch(self) -> bool: ...
 
+class _KvMemory(Protocol):
+    """See ``greenroom.vllm.settings.KvMemory``."""
+
+    @property
+    def cuda_device(self) -> int | None: ...
+    @property
+    def regions(self) -> Sequence[tuple[int, int, int]]: ...
+    @property
+    def owner(self) -> object: ...
+
 class _GpuPool(Protocol):
     """See ``greenroom.vllm.compat.GpuPool``. Called only from within ``plan`` and ``copies_done``."""
 
@@ -114,21 +124,21 @@ class SchedulerHooks:
 class Mover:
     """One worker's copies. Methods are called on the worker's own thread."""
 
-    def __new__(
-        cls, config: _EngineConfig, rank: int, regions: Sequence[tuple[int, int, int]], memory: object
-    ) -> Mover:
-        """Connects in the background. ``regions`` are (address of block 0, stride, bytes of a block) in ``memory``.
+    def __new__(cls, config: _EngineConfig, rank: int, memory: _KvMemory) -> Mover:
+        """Connects in the background; on a CUDA device waits some seconds for the sidecar, to register its memory.
 
-        The addresses are trusted: they must stay valid as long as ``memory`` lives.
+        The addresses are trusted: they must stay valid as long as the memory's owner lives.
 
         Raises:
-            ConfigError: the regions contradict the configuration.
-            Unavailable: the system gives no thread.
+            ConfigError: the regions contradict the configuration, or CUDA cannot be used; the message says why.
+            Unavailable: the system gives no thread, or the driver failed a call.
         """
 
     def step(self, plan: bytes, stream: int) -> None:
         """Once per step, before it computes: ends fenced copies, gives up cancelled ones, starts this plan's loads and
         the saves of the plan before. An empty plan is one with nothing in it.
+
+        ``stream`` is the handle of the compute stream, of which copies wait for what is on it; 0 for the default one.
 
         Raises:
             ProtocolError: the scheduler runs another release of Greenroom.

@@ -483,6 +483,18 @@ def test_the_packed_and_the_cross_layer_tensors_of_026() -> None:
         compat.cross_layer_regions(torch.zeros(2, blocks, page, dtype=torch.int8), layout)
 
 
+def test_cuda_devices_have_the_number_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.cuda_number(torch.device("cpu")) is None
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert compat.cuda_number(second) == 1
+    # What other makers' builds of torch call cuda is not CUDA.
+    monkeypatch.setattr(torch.version, "cuda", None)
+    for other in (second, torch.device("meta")):
+        with pytest.raises(ConfigError, match="CPUs and CUDA"):
+            compat.cuda_number(other)
+
+
 # The engine around the connector
 
 

@@ -61,6 +61,7 @@ __all__ = [
     "check_geometry",
     "compute_stream",
     "cross_layer_regions",
+    "cuda_number",
     "device_type",
     "engine_of_caller",
     "finished_hashes",
@@ -560,6 +561,19 @@ def rank(config: Any) -> int:
 def compute_stream(device: Any) -> int:
     """The handle of the stream that the forward pass runs on; 0 on a CPU."""
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+def cuda_number(device: Any) -> int | None:
+    """The number of a CUDA device, as its driver counts too; None for host memory.
+
+    Raises:
+        ConfigError: it is neither of the two.
+    """
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or torch.version.cuda is None:
+        raise ConfigError("unsupported", f"Greenroom copies on CPUs and CUDA devices and the KV cache is on {device}")
+    return int(torch.cuda.current_device() if device.index is None else device.index)
 
 
 # KV memory

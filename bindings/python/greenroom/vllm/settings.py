@@ -87,5 +87,17 @@ class EngineConfig:
     prefetch: bool
 
 
+@dataclass(frozen=True)
+class KvMemory:
+    """Where one worker's blocks lie: what the native module is given."""
+
+    cuda_device: int | None
+    """The number of the CUDA device; None: in host memory."""
+    regions: list[tuple[int, int, int]]
+    """(Address of block 0, bytes from one block to the next, bytes of a block) of each region."""
+    owner: object
+    """Keeps the memory allocated."""
+
+
 def _refuse(message: str) -> NoReturn:
     raise ConfigError("config", message)

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from greenroom._native import Mover
-from greenroom.errors import ConfigError
 from greenroom.vllm import compat
 from greenroom.vllm.messages import StepMetadata, WorkerReports
-from greenroom.vllm.settings import EngineConfig
+from greenroom.vllm.settings import EngineConfig, KvMemory
 
 
 class WorkerSide:
@@ -37,12 +36,8 @@ class WorkerSide:
         self._start(*compat.cross_layer_regions(kv_cache, self._kv_cache_config), kv_cache)
 
     def _start(self, regions: list[compat.Region], device: Any, memory: object) -> None:
-        if device.type != "cpu":
-            raise ConfigError(
-                "unsupported", f"this release of Greenroom copies on CPUs and the KV cache is on {device}"
-            )
         self._device = device
-        self._mover = Mover(self._engine, self._rank, regions, memory)
+        self._mover = Mover(self._engine, self._rank, KvMemory(compat.cuda_number(device), regions, memory))
 
     def begin(self, meta: StepMetadata) -> None:
         """Ends what must end before the step's blocks are written; starts copies."""
