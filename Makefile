@@ -31,7 +31,7 @@ help: ## this list
 .PHONY: demo
 demo: install ## build, install vLLM (CPU build), show TTFT after a tool wait: resident, recompute, reactive, hinted
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
-	  echo "This machine has a GPU. The CUDA engine is not part of this release: the demo runs vLLM's CPU build."; fi
+	  echo "This machine has a GPU. The demo does not use it: it runs vLLM's CPU build."; fi
 	PYTHONPATH=tests/python .venv/bin/python -m demo $(if $(MODEL),--model '$(MODEL)') $(DEMO_FLAGS)
 
 .PHONY: wheel
@@ -86,7 +86,7 @@ check-harness: $(TOOLS)/.ready .venv/.ready ## random agents on vLLM's real sche
 
 .PHONY: gpu-check
 gpu-check: ## the tests that need a GPU (fails with REQUIRE_GPU=1 where they cannot run)
-	@echo "gpu-check: nothing was tested. The CUDA engine is not part of this release; Greenroom runs beside vLLM's CPU build."
+	@echo "gpu-check: nothing was tested. There are no tests that need a GPU yet; the CUDA engine is tested on a stand-in driver."
 	@[ "$${REQUIRE_GPU:-0}" != 1 ]
 
 .PHONY: bench
