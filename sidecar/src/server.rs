@@ -64,7 +64,7 @@ pub async fn run(
     };
     // Last of what may fail: its file would stay behind.
     let socket = bind_engine_socket(&config.socket).await?;
-    let actor = actor::start(&config, boot_id(), metrics);
+    let actor = actor::start(&config, engine::start_id(), metrics);
     let address = http
         .as_ref()
         .and_then(|listener| listener.local_addr().ok());
@@ -117,13 +117,4 @@ async fn bind_engine_socket(path: &Path) -> Result<UnixListener, ServeError> {
     let listener = UnixListener::bind(path).map_err(error)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(error)?;
     Ok(listener)
-}
-
-/// A number that no other start of a sidecar has.
-fn boot_id() -> u64 {
-    use std::hash::{BuildHasher, Hasher};
-    // `RandomState` is keyed from the system's randomness once per process.
-    let mut hasher = std::hash::RandomState::new().build_hasher();
-    hasher.write_u32(std::process::id());
-    hasher.finish().max(1)
 }

@@ -180,6 +180,19 @@ fn a_reset_means_it() {
     assert_eq!(engine.turn(Some("a"), &mine).computed, 40);
 }
 
+/// The next start of the same engine may have other weights at its first reset.
+#[test]
+fn what_was_saved_after_a_reset_ends_with_its_engine() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mine = session(40, 1);
+    for _ in 0..2 {
+        let mut engine = Engine::start(&sidecar, "e", 100);
+        engine.hooks.reset();
+        assert_eq!(engine.turn(Some("a"), &mine).loaded, 0);
+        saved(&mut engine, &sidecar, "a", BLOCKS);
+    }
+}
+
 #[test]
 fn sessions_that_exceed_the_pool_are_deferred_or_clipped_and_nothing_hangs() {
     let sidecar = Sidecar::start(MEMORY);

@@ -30,6 +30,7 @@ use self::jobs::Jobs;
 use self::saves::Saves;
 use self::turns::{Lookup, Turns};
 use self::watch::{Touches, View, Watch, WatchLimits};
+use crate::engine;
 use crate::engine::client::{Outbox, SchedulerLink};
 use crate::engine::frames::{Figures, Hashes, Hello, Hook, HookSample, Role, ToSidecar};
 use crate::engine::plan::{Report, StepPlan};
@@ -169,6 +170,8 @@ pub struct SchedulerHooks {
     sequence: u64,
     connection: Connection,
     namespace: Option<[u8; 32]>,
+    /// A number that no other start of an engine has.
+    start: u64,
     /// Epoch of the cache: a job of an earlier one never becomes readable on the GPU or in the arena.
     epoch: u64,
     turns: Turns,
@@ -222,6 +225,7 @@ impl SchedulerHooks {
             sequence: 1,
             connection: Connection::default(),
             namespace: None,
+            start: engine::start_id(),
             epoch: 0,
             turns: Turns::default(),
             saves: Saves::default(),
@@ -238,7 +242,22 @@ impl SchedulerHooks {
     /// Closes the namespace: `material` is everything besides the block hash that decides a block's bytes.
     /// Called once, with the first request at the latest.
     pub fn open_namespace(&mut self, material: &[u8]) {
-        self.enter_namespace(Sha256::digest(material).into());
+        let id = Sha256::digest(material).into();
+        let id = match self.epoch {
+            0 => id,
+            _ => self.own_namespace(id),
+        };
+        self.enter_namespace(id);
+    }
+
+    /// After a reset the files on disk no longer tell what the weights are: from then on the namespace is this start's
+    /// alone. A later start of the same engine may have other weights at the same epoch.
+    fn own_namespace(&self, id: [u8; 32]) -> [u8; 32] {
+        let mut own = Sha256::new();
+        own.update(id);
+        own.update(self.start.to_le_bytes());
+        own.update(self.epoch.to_le_bytes());
+        own.finalize().into()
     }
 
     pub(in crate::hooks) fn enter_namespace(&mut self, id: [u8; 32]) {
@@ -415,12 +434,7 @@ impl SchedulerHooks {
         self.epoch += 1;
         self.send(&ToSidecar::Reset);
         if let Some(id) = self.namespace {
-            // The files on disk no longer tell what the weights are: from here on the namespace is this engine's alone.
-            let mut private = Sha256::new();
-            private.update(id);
-            private.update(self.config.engine.as_bytes());
-            private.update(self.epoch.to_le_bytes());
-            self.enter_namespace(private.finalize().into());
+            self.enter_namespace(self.own_namespace(id));
         }
         for lease in self.saves.reset() {
             self.send(&ToSidecar::Settle {
@@ -532,4 +546,48 @@ fn push_bounded<T>(samples: &mut Vec<T>, sample: T) {
 /// Blocks of one prefetch or save job.
 fn chunk_blocks(rank_bytes: u64) -> usize {
     usize::try_from((CHUNK_BYTES / rank_bytes).clamp(1, CHUNK_BLOCKS_MAX)).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Hooks without a sidecar; all are starts of one engine.
+    fn hooks() -> SchedulerHooks {
+        let config = HooksConfig {
+            socket: "/nonexistent/greenroom.sock".into(),
+            engine: "engine".to_owned(),
+            rank_bytes: 4096,
+            ranks: 1,
+            block_tokens: 16,
+            gpu_blocks: 8,
+            lookup_wait: Duration::ZERO,
+            hold_ratio: 0.0,
+            prefetch: Prefetch::On,
+        };
+        SchedulerHooks::connect(config, Box::new(|| {})).expect("a thread")
+    }
+
+    #[test]
+    fn a_namespace_is_shared_until_the_first_reset() {
+        let [mut first, mut second] = [hooks(), hooks()];
+        for hooks in [&mut first, &mut second] {
+            hooks.open_namespace(b"weights");
+        }
+        assert_eq!(first.namespace, second.namespace);
+        for hooks in [&mut first, &mut second] {
+            hooks.reset();
+        }
+        assert_ne!(first.namespace, second.namespace);
+    }
+
+    #[test]
+    fn weights_that_change_before_the_first_request_are_not_those_of_the_files() {
+        let [mut changed, mut other] = [hooks(), hooks()];
+        changed.reset();
+        for hooks in [&mut changed, &mut other] {
+            hooks.open_namespace(b"weights");
+        }
+        assert_ne!(changed.namespace, other.namespace);
+    }
 }
