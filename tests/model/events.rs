@@ -3,9 +3,8 @@
 use std::ops::Range;
 use std::time::Duration;
 
+use greenroom_tests::random::Random;
 use kvstore::{BlockHash, LeaseId, Namespace, NamespaceId, Owner, PinId};
-
-use crate::random::Random;
 
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
@@ -297,7 +296,7 @@ impl Source {
     }
 
     fn owner(&mut self) -> Owner {
-        Owner(self.random.next() % OWNERS)
+        Owner(self.random.number() % OWNERS)
     }
 
     fn namespace_id(&mut self) -> NamespaceId {
@@ -340,7 +339,7 @@ impl Source {
 fn hash(random: &mut Random) -> BlockHash {
     let mut bytes = [0; 32];
     for chunk in bytes.chunks_mut(8) {
-        chunk.copy_from_slice(&random.next().to_le_bytes());
+        chunk.copy_from_slice(&random.number().to_le_bytes());
     }
     BlockHash(bytes)
 }

@@ -7,6 +7,4 @@ mod events;
 #[cfg(test)]
 mod naive;
 #[cfg(test)]
-mod random;
-#[cfg(test)]
 mod store;

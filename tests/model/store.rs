@@ -5,6 +5,7 @@ use std::fmt::Debug;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use greenroom_tests::random::{Random, from_environment, seed};
 use kvstore::{
     BlockHash, Effects, LeaseId, Namespace, Owner, PinOutcome, SlotId, Store, StoreConfig,
     StoreError, Term,
@@ -12,7 +13,6 @@ use kvstore::{
 
 use crate::events::{Event, Source};
 use crate::naive::Naive;
-use crate::random::{Random, from_environment, seed};
 
 /// Events of one store before the next is made, with other sizes.
 const EVENTS_PER_STORE: u64 = 4_000;
@@ -161,7 +161,7 @@ impl Pair {
             leases_max: 3 + random.below(20),
             namespaces_max: 1 + random.below(3),
         };
-        let source = Source::new(Random::new(random.next()));
+        let source = Source::new(Random::new(random.number()));
         let universe = source.universe();
         Self {
             store: Store::new(config).unwrap(),

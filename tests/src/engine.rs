@@ -1,23 +1,17 @@
 //! A simulated engine: the scheduler's and one worker's side of Greenroom around a model that only writes checkable bytes.
 
-use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cuda::{
-    ArenaId, ArenaShard, ComputeMark, CopyKind, CopyLimits, CopyThread, DevicePool, DeviceRegion,
-    HostEngine, HostSwitch, Job, JobId, Outcome,
-};
-use kvstore::{BlockHash, GpuBlock, SlotId};
-use sidecar::engine::client::WorkerLink;
-use sidecar::engine::frames::{CopyClass, Hello, Role};
-use sidecar::engine::plan::{JobReport, PlannedJob, Report, StepPlan};
+use cuda::HostSwitch;
+use kvstore::{BlockHash, GpuBlock};
+use sidecar::engine::plan::StepPlan;
 use sidecar::hooks::{
     GpuPool, HooksConfig, Match, Prefetch, Published, SchedulerHooks, Step, StepMode,
 };
 
 use crate::pool::SimPool;
 use crate::sidecar::{Sidecar, until};
+use crate::worker::{Memory, Workers};
 
 /// Regions of the simulated pool (layers), and bytes of a block in each.
 const LAYERS: usize = 3;
@@ -60,14 +54,9 @@ pub struct Engine {
     pub pool: SimPool,
     /// Stops and resumes the copies.
     pub switch: HostSwitch,
-    copies: Arc<CopyThread>,
-    link: Option<WorkerLink>,
-    memory: Memory,
-    saves: Vec<PlannedJob>,
-    demand: HashMap<u64, Vec<u32>>,
-    refused: Vec<JobReport>,
+    workers: Workers,
     loaded: Vec<String>,
-    invalid: Vec<u32>,
+    invalid: Vec<GpuBlock>,
     requests: u32,
     /// Blocks that running requests will still need.
     pub reserve: usize,
@@ -77,66 +66,18 @@ pub struct Engine {
     pub reloaded: usize,
 }
 
-/// The simulated GPU's bytes, reached by address only.
-struct Memory {
-    base: *mut u8,
-    layout: std::alloc::Layout,
-    blocks: usize,
-}
-
-impl Memory {
-    fn new(blocks: usize) -> Self {
-        let layout = std::alloc::Layout::array::<u8>(LAYERS * LAYER_BYTES * blocks).unwrap();
-        // SAFETY: the size is not zero.
-        let base = unsafe { std::alloc::alloc_zeroed(layout) };
-        assert!(!base.is_null());
-        Self {
-            base,
-            layout,
-            blocks,
-        }
-    }
-
-    fn at(&self, block: GpuBlock, layer: usize) -> *mut u8 {
-        assert!(block.index() < self.blocks && layer < LAYERS);
-        // SAFETY: inside the allocation by the assertion.
-        unsafe {
-            self.base
-                .add((layer * self.blocks + block.index()) * LAYER_BYTES)
-        }
-    }
-
-    fn write(&self, block: GpuBlock, hash: &BlockHash) {
-        for layer in 0..LAYERS {
-            let bytes = expected(hash, layer);
-            // SAFETY: `at` gives LAYER_BYTES bytes; the engine computes only blocks that no copy touches.
-            unsafe {
-                std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.at(block, layer), LAYER_BYTES)
-            };
-        }
-    }
-
-    fn holds(&self, block: GpuBlock, hash: &BlockHash) -> bool {
-        (0..LAYERS).all(|layer| {
-            let mut bytes = vec![0; LAYER_BYTES];
-            // SAFETY: as in `write`.
-            unsafe {
-                std::ptr::copy_nonoverlapping(
-                    self.at(block, layer),
-                    bytes.as_mut_ptr(),
-                    LAYER_BYTES,
-                )
-            };
-            bytes == expected(hash, layer)
-        })
+fn compute(memory: &Memory, block: GpuBlock, hash: &BlockHash) {
+    for layer in 0..LAYERS {
+        memory.write(block, layer, 0, &expected(hash, layer));
     }
 }
 
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout; the copy thread has ended (the engine drops it first).
-        unsafe { std::alloc::dealloc(self.base, self.layout) };
-    }
+fn holds(memory: &Memory, block: GpuBlock, hash: &BlockHash) -> bool {
+    (0..LAYERS).all(|layer| {
+        let mut bytes = vec![0; LAYER_BYTES];
+        memory.read(block, layer, 0, &mut bytes);
+        bytes == expected(hash, layer)
+    })
 }
 
 /// What a turn found.
@@ -173,24 +114,10 @@ impl Engine {
         material: &[u8],
         prefetch: Prefetch,
     ) -> Self {
-        let rank_bytes = (LAYERS * LAYER_BYTES) as u64;
-        let memory = Memory::new(blocks as usize);
-        let stride = LAYER_BYTES as u64;
-        let regions = (0..LAYERS).map(|layer| DeviceRegion {
-            base: memory.at(GpuBlock(0), layer).expose_provenance() as u64,
-            block_stride: stride,
-            block_bytes: stride,
-        });
-        // SAFETY: the regions lie in `memory`, which outlives the copy thread and is reached by raw pointers only.
-        let pool = Arc::new(unsafe { DevicePool::new(regions.collect(), blocks) }.unwrap());
-        let switch = HostSwitch::default();
-        let engine = HostEngine::with_switch(pool.clone(), switch.clone());
-        let copies =
-            Arc::new(CopyThread::spawn(Box::new(engine), pool, CopyLimits::default()).unwrap());
         let config = HooksConfig {
             socket: sidecar.socket(),
             engine: name.to_owned(),
-            rank_bytes,
+            rank_bytes: (LAYERS * LAYER_BYTES) as u64,
             ranks: 1,
             block_tokens: 16,
             gpu_blocks: blocks,
@@ -198,38 +125,14 @@ impl Engine {
             hold_ratio: 0.3,
             prefetch,
         };
-        let hello = Hello {
-            role: Role::Worker { rank: 0 },
-            engine: name.to_owned(),
-            rank_bytes,
-            ranks: 1,
-            block_tokens: 16,
-            gpu_blocks: blocks,
-        };
-        let attach = copies.clone();
-        let on_arena = Box::new(move |arena: sidecar::engine::client::MappedArena| {
-            let shard = ArenaShard {
-                map: arena.map,
-                slot_bytes: arena.slot_bytes,
-                rank_offset: 0,
-            };
-            attach
-                .attach(ArenaId(arena.boot), shard)
-                .map_err(std::io::Error::other)
-        });
-        let link = WorkerLink::open(sidecar.socket(), hello, on_arena).unwrap();
+        let workers = Workers::start(&config, LAYERS);
         let mut hooks = SchedulerHooks::connect(config, Box::new(|| {})).unwrap();
         hooks.open_namespace(material);
         let mut this = Self {
             hooks,
             pool: SimPool::new(blocks),
-            switch,
-            copies,
-            link: Some(link),
-            memory,
-            saves: Vec::new(),
-            demand: HashMap::new(),
-            refused: Vec::new(),
+            switch: workers[0].switch.clone(),
+            workers,
             loaded: Vec::new(),
             invalid: Vec::new(),
             requests: 0,
@@ -260,86 +163,12 @@ impl Engine {
         let plan = plan
             .map(|bytes| StepPlan::decode(&bytes).unwrap())
             .unwrap_or_default();
-        self.begin(plan);
-        self.end();
-        self.collect();
+        self.workers.begin(&plan);
+        self.workers.end();
+        let loads = self.workers.collect(&mut self.hooks, &mut self.pool);
+        self.loaded.extend(loads.ended);
+        self.invalid.extend(loads.invalid);
         self.pool.check();
-    }
-
-    fn begin(&mut self, plan: StepPlan) {
-        let ids = |ids: &[u64]| ids.iter().copied().map(JobId).collect::<Vec<_>>();
-        self.copies.fence(&ids(&plan.fence));
-        self.copies.cancel(&ids(&plan.cancel));
-        for job in plan.loads {
-            self.submit(&job);
-        }
-        self.saves.extend(plan.saves);
-    }
-
-    fn end(&mut self) {
-        for job in std::mem::take(&mut self.saves) {
-            self.submit(&job);
-        }
-    }
-
-    fn submit(&mut self, job: &PlannedJob) {
-        let kind = match job.kind {
-            CopyClass::Demand => CopyKind::Demand,
-            CopyClass::Prefetch => CopyKind::Prefetch,
-            CopyClass::Save => CopyKind::Save,
-        };
-        if job.kind == CopyClass::Demand {
-            self.demand
-                .insert(job.id, job.pairs.iter().map(|(_, block)| *block).collect());
-        }
-        let pairs = job
-            .pairs
-            .iter()
-            .map(|(slot, block)| (SlotId(*slot), GpuBlock(*block)))
-            .collect();
-        let submitted = Job {
-            id: JobId(job.id),
-            kind,
-            arena: ArenaId(job.boot),
-            pairs,
-        };
-        if self.copies.submit(submitted, ComputeMark(0)).is_err() {
-            self.refused.push(JobReport {
-                id: job.id,
-                ok: false,
-                bytes: 0,
-                micros: 0,
-            });
-        }
-    }
-
-    fn collect(&mut self) {
-        let mut ended = std::mem::take(&mut self.refused);
-        ended.extend(
-            self.copies
-                .take_finished()
-                .into_iter()
-                .map(|end| JobReport {
-                    id: end.id.0,
-                    ok: end.outcome == Outcome::Done,
-                    bytes: end.bytes,
-                    micros: (end.seconds * 1e6) as u64,
-                }),
-        );
-        for report in &ended {
-            let blocks = self.demand.remove(&report.id).unwrap_or_default();
-            if !report.ok {
-                self.invalid.extend(blocks);
-            }
-        }
-        if !ended.is_empty() {
-            let report = Report { rank: 0, ended }.encode().unwrap();
-            self.loaded.extend(
-                self.hooks
-                    .copies_done(&report, &mut self.pool, Instant::now())
-                    .unwrap(),
-            );
-        }
     }
 
     /// Steps until nothing is in flight and nothing is due.
@@ -404,7 +233,7 @@ impl Engine {
             self.loaded.retain(|done| *done != request);
             let bad = fresh[..hit]
                 .iter()
-                .position(|block| self.invalid.contains(&block.0));
+                .position(|block| self.invalid.contains(block));
             self.invalid.clear();
             loaded = bad.unwrap_or(hit);
             self.verify(&fresh[..loaded], &chain[local..]);
@@ -412,7 +241,7 @@ impl Engine {
         }
         let blocks = [&resident[..], &fresh[..]].concat();
         for (block, hash) in blocks.iter().zip(chain).skip(local + loaded) {
-            self.memory.write(*block, hash);
+            compute(&self.workers[0].memory, *block, hash);
         }
         let entries = blocks.iter().zip(chain).enumerate().skip(local);
         let entries: Vec<Published> = entries
@@ -488,24 +317,16 @@ impl Engine {
     fn verify(&mut self, blocks: &[GpuBlock], chain: &[BlockHash]) {
         for (block, hash) in blocks.iter().zip(chain) {
             assert!(
-                self.memory.holds(*block, hash),
+                holds(&self.workers[0].memory, *block, hash),
                 "block {block:?} does not hold the bytes of {hash:?}"
             );
         }
         self.reloaded += blocks.len();
-    }
-
-    /// The worker process is gone: its connection ends and its copies stop.
-    pub fn kill_worker(&mut self) {
-        self.link = None;
     }
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
         self.hooks.close();
-        self.link = None;
-        self.switch.release();
-        self.copies.wait_idle();
     }
 }

@@ -11,7 +11,8 @@ use tempfile::TempDir;
 pub struct Sidecar {
     folder: TempDir,
     url: String,
-    stop: Option<std::sync::mpsc::Sender<()>>,
+    /// Dropped: it ends as after SIGTERM. Used: as after SIGKILL.
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -47,20 +48,25 @@ impl Sidecar {
             &Machine::probe().unwrap(),
         )
         .unwrap();
-        let (stop, stopped) = std::sync::mpsc::channel();
+        let (stop, stopped) = tokio::sync::oneshot::channel();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()
                 .unwrap();
+            let (drain, drained) = tokio::sync::oneshot::channel::<()>();
             let shutdown = async move {
-                tokio::task::spawn_blocking(move || stopped.recv())
-                    .await
-                    .ok();
+                drained.await.ok();
             };
-            runtime
-                .block_on(::sidecar::server::run(config, shutdown))
-                .unwrap();
+            runtime.block_on(async move {
+                let mut serving = std::pin::pin!(::sidecar::server::run(config, shutdown));
+                tokio::select! {
+                    served = &mut serving => return served.unwrap(),
+                    killed = stopped => if killed.is_ok() { return },
+                }
+                drop(drain);
+                serving.await.unwrap();
+            });
         });
         (self.stop, self.thread) = (Some(stop), Some(thread));
         until("the sidecar answers", || self.try_get("/healthz").is_some());
@@ -74,7 +80,13 @@ impl Sidecar {
         }
     }
 
-    /// Stops and starts anew: another boot, an empty arena.
+    /// Ends it as SIGKILL would: connections break, nothing is drained, the socket's file stays.
+    pub fn kill(&mut self) {
+        self.stop.take().unwrap().send(()).unwrap();
+        self.stop();
+    }
+
+    /// Stops, if it runs, and starts anew: another boot, an empty arena.
     pub fn restart(&mut self, memory: &str) {
         self.stop();
         let port = self.url.rsplit(':').next().unwrap().parse().unwrap();
@@ -118,6 +130,13 @@ impl Sidecar {
             .body_mut()
             .read_json()
             .unwrap()
+    }
+
+    /// `POST` of a hint; false if it is refused, which a hint may be.
+    pub fn advise(&self, path: &str, body: &Value) -> bool {
+        ureq::post(format!("{}{path}", self.url))
+            .send_json(body)
+            .is_ok()
     }
 
     /// `DELETE`, which must succeed.
