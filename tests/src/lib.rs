@@ -1,7 +1,8 @@
-//! What the process tests share: a sidecar in this process, and a simulated engine whose KV are checkable bytes.
+//! What the tests share: a sidecar in this process, and two engines on the real hooks, links, protocol, store and copies:
+//! [`engine`], whose KV are checkable bytes, and [`reference`], whose KV decide its answers.
 //!
-//! The engine drives the real hooks, link, protocol, store and copy thread; only the model is made up: the bytes of a
-//! block follow from its hash, so that a block with wrong bytes is seen at once.
+//! The first makes its model up: the bytes of a block follow from its hash, so that a block with wrong bytes is seen at
+//! once.
 #![deny(unsafe_code)]
 #![allow(
     clippy::unwrap_used,
@@ -12,5 +13,6 @@
 pub mod engine;
 pub mod pool;
 pub mod random;
+pub mod reference;
 pub mod sidecar;
 pub mod worker;
