@@ -62,11 +62,11 @@ lint: $(TOOLS)/.ready ## format and lints of Rust and Python, nothing is changed
 	if [ -d bindings/python ]; then cd bindings && ../$(TOOLS)/bin/mypy; fi
 
 .PHONY: check-rust
-check-rust: ## Rust tests, with the default features and with `strict`
+check-rust: ## Rust tests, with the default features, and with `strict` and every fault point
 	if cargo nextest --version >/dev/null 2>&1; then \
-	  cargo nextest run $(CARGO_FLAGS) && cargo nextest run $(CARGO_FLAGS) --features strict; \
+	  cargo nextest run $(CARGO_FLAGS) && cargo nextest run $(CARGO_FLAGS) --features strict,faults; \
 	else \
-	  cargo test $(CARGO_FLAGS) --all-targets && cargo test $(CARGO_FLAGS) --all-targets --features strict; \
+	  cargo test $(CARGO_FLAGS) --all-targets && cargo test $(CARGO_FLAGS) --all-targets --features strict,faults; \
 	fi
 	cargo test $(CARGO_FLAGS) --doc --quiet
 

@@ -21,11 +21,12 @@ mod _native {
     #[pymodule_export]
     use super::mover::Mover;
 
-    /// Steers a fault point: `actions` as the `fail` crate reads them. ValueError if they are not.
+    /// Steers a point of `kvstore::faults::POINTS`. ValueError if there is no such point, or such actions.
     #[cfg(feature = "faults")]
     #[pyfunction]
     fn fault(name: &str, actions: &str) -> PyResult<()> {
-        fail::cfg(name, actions).map_err(pyo3::exceptions::PyValueError::new_err)
+        kvstore::faults::arm(name, actions)
+            .map_err(|error| pyo3::exceptions::PyValueError::new_err(error.to_string()))
     }
 
     #[pymodule_init]

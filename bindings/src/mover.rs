@@ -241,8 +241,7 @@ impl Parts {
             tracing::warn!(job = planned.id, %error, "not copied");
             self.refused.push(not_copied(planned.id));
         }
-        #[cfg(feature = "faults")]
-        if kind == CopyKind::Prefetch && reports_early() {
+        if kind == CopyKind::Prefetch && kvstore::fault!("mover::submit::report_early") {
             self.refused.push(JobReport {
                 ok: true,
                 ..not_copied(planned.id)
@@ -331,13 +330,6 @@ fn attach(copies: Arc<CopyThread>, rank_offset: u64, progress: SyncSender<()>) -
         }
         Ok(())
     })
-}
-
-/// `mover::submit::report_early`: a prefetch is said to have been copied before it is.
-#[cfg(feature = "faults")]
-fn reports_early() -> bool {
-    fail::fail_point!("mover::submit::report_early", |_| true);
-    false
 }
 
 fn not_copied(id: u64) -> JobReport {

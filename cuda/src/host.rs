@@ -75,8 +75,10 @@ impl HostEngine {
     }
 
     fn copy(&self, batch: &CopyBatch) -> Result<(), CopyError> {
-        #[cfg(feature = "faults")]
-        faults()?;
+        kvstore::fault_delay!("host::copy::delay");
+        if kvstore::fault!("host::copy::fail") {
+            return Err(INJECTED);
+        }
         let map = self.map(batch.arena)?;
         for range in &batch.ranges {
             let bytes = usize_from_u64(range.bytes);
@@ -95,17 +97,6 @@ impl HostEngine {
         }
         Ok(())
     }
-}
-
-/// `host::copy::delay`: late. `host::copy::fail`: not at all, and says so.
-#[cfg(feature = "faults")]
-fn faults() -> Result<(), CopyError> {
-    fail::fail_point!("host::copy::delay");
-    fail::fail_point!("host::copy::fail", |_| Err(CopyError::Driver {
-        operation: "memcpy",
-        code: 1,
-    }));
-    Ok(())
 }
 
 impl CopyEngine for HostEngine {

@@ -40,6 +40,8 @@ mod audit;
 mod effects;
 mod error;
 mod evict;
+#[cfg(feature = "faults")]
+pub mod faults;
 mod ids;
 mod index;
 mod layout;
@@ -48,6 +50,40 @@ mod pins;
 mod slots;
 mod steps;
 mod store;
+
+/// Whether a fault strikes here: a name of `faults::POINTS`. In builds without the feature `faults` this is `false`.
+#[cfg(feature = "faults")]
+#[macro_export]
+macro_rules! fault {
+    ($name:literal) => {
+        $crate::faults::strikes($name)
+    };
+}
+
+/// Whether a fault strikes here: never, in a build without the feature `faults`.
+#[cfg(not(feature = "faults"))]
+#[macro_export]
+macro_rules! fault {
+    ($name:literal) => {
+        false
+    };
+}
+
+/// Sleeps or waits here if a test says so: a name of `faults::POINTS`. Nothing in builds without the feature `faults`.
+#[cfg(feature = "faults")]
+#[macro_export]
+macro_rules! fault_delay {
+    ($name:literal) => {
+        $crate::faults::delay($name)
+    };
+}
+
+/// Nothing, in a build without the feature `faults`.
+#[cfg(not(feature = "faults"))]
+#[macro_export]
+macro_rules! fault_delay {
+    ($name:literal) => {};
+}
 
 pub use arena::{ArenaFile, ArenaMap, PageSize};
 pub use effects::{Counts, Effects, Evicted, Lease, PinOutcome, Reservation};

@@ -277,7 +277,11 @@ impl Store {
             }
         }
         let mut effects = Effects::default();
-        let room = self.make_room(wanted.len(), tick, &mut effects);
+        let room = if crate::fault!("store::reserve::full") {
+            0
+        } else {
+            self.make_room(wanted.len(), tick, &mut effects)
+        };
         wanted.truncate(room);
         if wanted.is_empty() {
             return Ok(None);
@@ -315,7 +319,11 @@ impl Store {
     ) -> Result<Effects, StoreError> {
         let record = self.leases.take(owner, reservation, Right::Write)?;
         let refusal = match record.tenure {
-            Tenure::Live { expires } if now < expires => None,
+            Tenure::Live { expires }
+                if now < expires && !crate::fault!("store::commit::refused") =>
+            {
+                None
+            }
             Tenure::Ended(Why::Reset) => Some(StoreError::StaleNamespace),
             Tenure::Live { .. } | Tenure::Ended(Why::Expired | Why::OwnerLeft) => {
                 Some(StoreError::LeaseExpired)

@@ -38,6 +38,9 @@ pub const DRAIN_TIMEOUT_MAX: Duration = Duration::from_secs(600);
 /// Most sessions that can be configured; each costs a few hundred bytes and its list of block hashes.
 pub const SESSIONS_MAX: usize = 1_000_000;
 
+/// Longest path of a Unix socket on Linux, in bytes.
+pub const SOCKET_PATH_MAX: usize = 107;
+
 /// File name of the engines' socket.
 const SOCKET_NAME: &str = "greenroom.sock";
 
@@ -263,15 +266,20 @@ fn socket_in(runtime: Option<PathBuf>, uid: u32, run_user: &Path) -> PathBuf {
     folder.join(SOCKET_NAME)
 }
 
+/// The folder that a socket's path names.
+pub fn socket_folder(socket: &Path) -> &Path {
+    match socket.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
 /// Makes the socket's folder if it is missing (mode 0700), and refuses one that others could use to put a socket of theirs in its place.
 ///
 /// # Errors
 /// [`ConfigError::SocketFolder`].
 pub fn prepare_socket_folder(socket: &Path) -> Result<(), ConfigError> {
-    let folder = match socket.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let folder = socket_folder(socket);
     let failed = |reason: String| ConfigError::SocketFolder {
         folder: folder.to_owned(),
         reason,

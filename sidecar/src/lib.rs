@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod engine;
+mod faults;
 pub mod hooks;
 pub mod planner;
 

@@ -250,6 +250,47 @@ fn wrong_usage_and_wrong_config_end_with_2_and_name_what_is_wrong() {
     }
 }
 
+#[cfg(not(feature = "faults"))]
+#[test]
+fn a_build_without_fault_points_says_which_build_has_them() {
+    let refused = greenroom(&["serve", "--fault", "store::reserve::full=return"]);
+    assert_eq!(code(&refused), Some(2), "{refused:?}");
+    assert!(
+        stderr(&refused).contains("--features faults"),
+        "{refused:?}"
+    );
+    let help = stdout(&greenroom(&["serve", "--help"]));
+    assert!(!help.contains("--fault"), "{help}");
+}
+
+#[cfg(feature = "faults")]
+#[test]
+fn faults_are_armed_from_the_command_line_or_refused_in_words() {
+    for (fault, telling) in [
+        ("store::reserve::full", "NAME=ACTIONS"),
+        ("store::reserve::ful=return", "store::reserve::full"),
+        ("store::reserve::full=retrun", "examples"),
+    ] {
+        let refused = greenroom(&["serve", "--fault", fault]);
+        assert_eq!(code(&refused), Some(2), "{refused:?}");
+        assert!(stderr(&refused).contains(telling), "{refused:?}");
+    }
+    let address = free_address();
+    let busy = [
+        "--fault",
+        "handle::ask::busy=1*return",
+        "--fault",
+        "gate::handler::delay=1*sleep(1)",
+    ];
+    let serving = Serving::start(&[&["--listen", &address], &busy[..]].concat());
+    let ask = || greenroom(&["status", "--url", &format!("http://{address}")]);
+    let first = ask();
+    assert_eq!(code(&first), Some(1));
+    assert!(stderr(&first).contains("busy"), "{first:?}");
+    assert_eq!(code(&ask()), Some(0));
+    drop(serving);
+}
+
 #[test]
 fn the_doctor_tells_scripts_what_it_found() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,13 +1,14 @@
 //! The engine socket against strangers, floods and deaths: the offender is cut off, nobody else notices.
 
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command, Stdio};
 
 use greenroom_tests::engine::{Engine, chain};
 use greenroom_tests::sidecar::{Sidecar, until};
 use kvstore::BlockHash;
-use sidecar::engine::frames::{Hashes, Hello, Role, ToEngine, ToSidecar, decode, encode};
+use sidecar::engine::client::{Inbound, SchedulerLink};
+use sidecar::engine::frames::{Hashes, Hello, Role, ToEngine, ToSidecar, Wish, decode, encode};
 use sidecar::engine::socket::read_frame;
 
 fn hello(engine: &str, role: Role) -> Hello {
@@ -138,6 +139,7 @@ fn hellos_that_cannot_be_accepted_are_told_why() {
         .contains("ranks")
     );
     assert!(refused(hello("", Role::Scheduler)).contains("id"));
+    assert!(refused(hello("two\nlines", Role::Scheduler)).contains("control characters"));
     assert!(
         refused(Hello {
             block_tokens: 32,
@@ -232,12 +234,12 @@ fn leases_are_only_their_owners() {
         panic!("not shared")
     };
     // A double release and a foreign one are refused without harm.
-    for _ in 0..2 {
+    for sequence in [9, 10] {
         (&two)
-            .write_all(&encode(9, &ToSidecar::Release { lease }).unwrap())
+            .write_all(&encode(sequence, &ToSidecar::Release { lease }).unwrap())
             .unwrap();
     }
-    let ToEngine::Match { lease: Some(_), .. } = ask(&two, 10, &lookup) else {
+    let ToEngine::Match { lease: Some(_), .. } = ask(&two, 11, &lookup) else {
         panic!("harmed")
     };
 }
@@ -352,21 +354,65 @@ fn an_engine_that_does_not_read_is_disconnected_and_the_api_goes_on() {
     (&deaf)
         .write_all(&encode(2, &ToSidecar::OpenNamespace { id: [1; 32] }).unwrap())
         .unwrap();
-    let lookup = encode(
-        3,
-        &ToSidecar::Lookup {
-            turn: 1,
-            for_session: false,
-            hashes: Hashes(chain(1..=8)),
-        },
-    )
-    .unwrap();
-    let mut sent = 0;
-    while (&deaf).write_all(&lookup).is_ok() {
+    let lookup = ToSidecar::Lookup {
+        turn: 1,
+        for_session: false,
+        hashes: Hashes(chain(1..=8)),
+    };
+    let mut sent = 3;
+    while (&deaf).write_all(&encode(sent, &lookup).unwrap()).is_ok() {
         sent += 1;
         assert!(sent < 5_000_000, "never disconnected");
     }
     until("the deaf engine is gone", || {
         sidecar.get("/healthz")["engines"] == 0
     });
+}
+
+/// A reply that is believed twice would give a lease back that the first one put to use, a want likewise.
+#[test]
+fn an_answer_or_a_want_that_comes_twice_ends_the_connection() {
+    let reserved = ToEngine::Reserved {
+        lease: Some(1),
+        slots: Vec::new(),
+        ttl_ms: 1000,
+    };
+    let want = ToEngine::Want {
+        session: 1,
+        want: 7,
+        wish: Wish::Now,
+        priority: 0,
+        expected_ms: None,
+        hold_ms: 0,
+        hashes: Hashes::default(),
+        lease: Some(1),
+        slots: Vec::new(),
+        ttl_ms: 1000,
+    };
+    for (sequence, message) in [(5, reserved), (0, want)] {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("s");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let mut link =
+            SchedulerLink::open(socket, hello("e", Role::Scheduler), Box::new(|| {})).unwrap();
+        let (mut stream, _) = listener.accept().unwrap();
+        read_frame(&stream).unwrap();
+        let welcome = ToEngine::Welcome {
+            boot: 1,
+            arena_bytes: 4096,
+            slot_bytes: 4096,
+        };
+        let frame = encode(sequence, &message).unwrap();
+        stream.write_all(&encode(1, &welcome).unwrap()).unwrap();
+        stream
+            .write_all(&[&frame[..], &frame[..]].concat())
+            .unwrap();
+        let mut told = Vec::new();
+        until("the connection is lost", || {
+            told.extend(link.receive());
+            matches!(told.last(), Some(Inbound::Lost))
+        });
+        assert_eq!(told.len(), 3, "connected, told once, lost: {told:?}");
+        link.close();
+    }
 }

@@ -5,3 +5,10 @@ mod api;
 mod engine_socket;
 mod hooks;
 mod no_syscall;
+mod security;
+
+/// Not a test of its own: see `greenroom_tests::child`.
+#[test]
+fn child_greenroom() {
+    greenroom_tests::child::greenroom_if_told();
+}

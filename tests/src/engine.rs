@@ -1,5 +1,6 @@
 //! A simulated engine: the scheduler's and one worker's side of Greenroom around a model that only writes checkable bytes.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use cuda::HostSwitch;
@@ -80,6 +81,27 @@ fn holds(memory: &Memory, block: GpuBlock, hash: &BlockHash) -> bool {
     })
 }
 
+/// How an engine differs from the usual one.
+#[derive(Clone, Copy, Debug)]
+pub struct Options<'a> {
+    /// What its namespace is made of.
+    pub material: &'a [u8],
+    /// Whether waiting sessions are brought back.
+    pub prefetch: Prefetch,
+    /// How long a request waits for the sidecar's answer.
+    pub lookup_wait: Duration,
+}
+
+impl Default for Options<'_> {
+    fn default() -> Self {
+        Self {
+            material: b"weights",
+            prefetch: Prefetch::On,
+            lookup_wait: Duration::from_secs(5),
+        }
+    }
+}
+
 /// What a turn found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Turn {
@@ -99,35 +121,38 @@ impl Engine {
 
     /// As [`Self::start`], for an engine that is told to load on request only.
     pub fn start_without_prefetch(sidecar: &Sidecar, name: &str, blocks: u32) -> Self {
-        Self::start_as(sidecar, name, blocks, b"weights", Prefetch::Off)
+        let options = Options {
+            prefetch: Prefetch::Off,
+            ..Options::default()
+        };
+        Self::connect(sidecar.socket(), name, blocks, options)
     }
 
     /// As [`Self::start`], in the namespace of `material`.
     pub fn start_in(sidecar: &Sidecar, name: &str, blocks: u32, material: &[u8]) -> Self {
-        Self::start_as(sidecar, name, blocks, material, Prefetch::On)
+        let options = Options {
+            material,
+            ..Options::default()
+        };
+        Self::connect(sidecar.socket(), name, blocks, options)
     }
 
-    fn start_as(
-        sidecar: &Sidecar,
-        name: &str,
-        blocks: u32,
-        material: &[u8],
-        prefetch: Prefetch,
-    ) -> Self {
+    /// An engine that differs from the usual one, at a sidecar of which only the socket is known.
+    pub fn connect(socket: PathBuf, name: &str, blocks: u32, options: Options<'_>) -> Self {
         let config = HooksConfig {
-            socket: sidecar.socket(),
+            socket,
             engine: name.to_owned(),
             rank_bytes: (LAYERS * LAYER_BYTES) as u64,
             ranks: 1,
             block_tokens: 16,
             gpu_blocks: blocks,
-            lookup_wait: Duration::from_secs(5),
+            lookup_wait: options.lookup_wait,
             hold_ratio: 0.3,
-            prefetch,
+            prefetch: options.prefetch,
         };
         let workers = Workers::start(&config, LAYERS);
         let mut hooks = SchedulerHooks::connect(config, Box::new(|| {})).unwrap();
-        hooks.open_namespace(material);
+        hooks.open_namespace(options.material);
         let mut this = Self {
             hooks,
             pool: SimPool::new(blocks),

@@ -10,6 +10,7 @@
 )]
 #![allow(missing_docs, reason = "not a library for others")]
 
+pub mod child;
 pub mod engine;
 pub mod pool;
 pub mod random;

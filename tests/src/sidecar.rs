@@ -122,6 +122,13 @@ impl Sidecar {
             .unwrap()
     }
 
+    /// The status of a `GET`, whatever it is.
+    pub fn status_of(&self, path: &str) -> u16 {
+        let request = ureq::get(format!("{}{path}", self.url)).config();
+        let request = request.http_status_as_error(false).build();
+        request.call().unwrap().status().as_u16()
+    }
+
     /// `POST` of JSON, which must succeed.
     pub fn post(&self, path: &str, body: &Value) -> Value {
         ureq::post(format!("{}{path}", self.url))

@@ -31,6 +31,8 @@ pub struct Admitted {
     pub arena_bytes: u64,
     /// Bytes of one slot.
     pub slot_bytes: u64,
+    /// Whether the process is new: somebody has to tell when it has exited.
+    pub watch: bool,
 }
 
 struct Worker {
@@ -197,8 +199,9 @@ impl Actor {
             ranks: hello.ranks,
             block_tokens: hello.block_tokens,
         };
-        if hello.engine.is_empty() || hello.engine.len() > 128 {
-            return Err("an engine's id has 1 to 128 bytes".to_owned());
+        let strange = hello.engine.chars().any(char::is_control);
+        if hello.engine.is_empty() || hello.engine.len() > 128 || strange {
+            return Err("an engine's id has 1 to 128 bytes and no control characters".to_owned());
         }
         let known = self
             .engines
@@ -231,6 +234,7 @@ impl Actor {
                 hello.engine
             ));
         }
+        let mut watch = false;
         match hello.role {
             Role::Scheduler if engine.scheduler.is_some() => {
                 return Err(format!(
@@ -260,7 +264,7 @@ impl Actor {
                         ready: false,
                     },
                 );
-                engine.processes.insert(process);
+                watch = engine.processes.insert(process);
             }
         }
         self.engines
@@ -272,6 +276,7 @@ impl Actor {
             boot: self.config.boot,
             arena_bytes: self.config.arena_bytes,
             slot_bytes,
+            watch,
         })
     }
 

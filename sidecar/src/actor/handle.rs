@@ -70,6 +70,9 @@ impl Handle {
         if self.is_draining() {
             return Err(CommandError::Draining);
         }
+        if kvstore::fault!("handle::ask::busy") {
+            return Err(CommandError::Busy);
+        }
         let (reply, answer) = oneshot::channel();
         self.events
             .try_send(Event::Command(command(reply)))

@@ -214,7 +214,14 @@ impl Actor {
     pub(super) fn engine_hint(&mut self, json: &str, now: Instant) {
         match crate::api::parse::envelope(json.as_bytes()) {
             Ok(envelope) => self.open(Asker::Nobody, envelope.command.actions, now),
-            Err(error) => tracing::info!(%error, "a request's hints were not understood"),
+            // The text may quote what the client wrote.
+            Err(error) => {
+                tracing::info!(
+                    code = error.code().0,
+                    "a request's hints were not understood"
+                );
+                tracing::debug!(%error, "what was wrong with them");
+            }
         }
     }
 

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use kvstore::{Counts, Effects, Geometry, Owner, Store, StoreConfig, StoreError, Term};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 pub use self::engines::{Admitted, ConnectionId};
 pub use self::handle::Handle;
@@ -77,6 +77,8 @@ pub enum Event {
         sequence: u64,
         /// The message.
         message: Box<ToSidecar>,
+        /// The sender's place in the queue, free when the message has been taken.
+        place: OwnedSemaphorePermit,
     },
     /// A connection is gone.
     Lost(ConnectionId),
@@ -232,6 +234,7 @@ impl Actor {
                 connection,
                 sequence,
                 message,
+                place: _,
             } => self.message(connection, sequence, *message, now),
             Event::Lost(connection) => self.lost(connection),
             Event::Exited(process) => self.exited(process),

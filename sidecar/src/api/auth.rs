@@ -1,13 +1,16 @@
 //! The token that clients must send when the sidecar is given one.
 //!
-//! Never logs the token, and compares digests, so that the time of an answer says nothing about how much of a guess was right.
+//! Never logs the token, and compares digests in constant time, so that the time of an answer says nothing about how much of a
+//! guess was right.
 
 use std::fmt;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use axum::http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
 
 use crate::config::ConfigError;
 
@@ -28,13 +31,16 @@ impl fmt::Debug for Token {
 }
 
 impl Token {
-    /// Reads the token file, if there is to be one; white space around the token does not belong to it.
+    /// Reads the sidecar's token file, if there is to be one; white space around the token does not belong to it. Who may write
+    /// the file decides who may call: it must be this user's or root's, and nobody else's to write.
     ///
     /// # Errors
     /// [`ConfigError::Unreadable`], [`ConfigError::Token`].
     pub fn load(path: Option<&Path>) -> Result<Option<Self>, ConfigError> {
-        path.map(|path| Ok(Self::digest(&read_token(path)?)))
-            .transpose()
+        let Some(path) = path else { return Ok(None) };
+        let token = Self::digest(&read_token(path)?);
+        check_writers(path)?;
+        Ok(Some(token))
     }
 
     /// A token from its text.
@@ -50,14 +56,31 @@ impl Token {
             .and_then(|value| value.split_once(' '))
             .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
             .map(|(_, token)| Self::digest(token.trim()));
-        sent.is_some_and(|sent| self.same(&sent))
+        sent.is_some_and(|sent| self.0.ct_eq(&sent.0).into())
     }
+}
 
-    /// Looks at every byte whatever it finds.
-    fn same(&self, other: &Self) -> bool {
-        let pairs = self.0.iter().zip(&other.0);
-        pairs.fold(0, |differing, (a, b)| differing | (a ^ b)) == 0
-    }
+/// Refuses a token file into which another user could write a token of theirs.
+///
+/// # Errors
+/// [`ConfigError::Unreadable`], [`ConfigError::Token`].
+pub fn check_writers(path: &Path) -> Result<(), ConfigError> {
+    let meta = fs::metadata(path).map_err(|source| ConfigError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })?;
+    let own = rustix::process::geteuid().as_raw();
+    let reason = if meta.uid() != own && meta.uid() != 0 {
+        "it belongs to another user, who can change the token"
+    } else if meta.mode() & 0o022 != 0 {
+        "other users can write to it; chmod go-w it"
+    } else {
+        return Ok(());
+    };
+    Err(ConfigError::Token {
+        path: path.to_owned(),
+        reason,
+    })
 }
 
 /// The text of a token file, checked; what a client sends.
@@ -136,6 +159,31 @@ mod tests {
             read_token(Path::new("/nowhere")),
             Err(ConfigError::Unreadable { .. })
         ));
+    }
+
+    #[test]
+    fn a_token_file_that_others_can_write_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        fs::write(&path, "open-sesame").unwrap();
+        let load = |mode| {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            Token::load(Some(&path))
+        };
+        for mode in [0o600, 0o640, 0o444] {
+            assert!(load(mode).is_ok(), "{mode:o}");
+        }
+        for mode in [0o620, 0o602] {
+            let error = load(mode).unwrap_err().to_string();
+            assert!(error.contains("chmod go-w"), "{error}");
+        }
+        load(0o600).unwrap();
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&path, Some(65_534), None).unwrap();
+            let error = Token::load(Some(&path)).unwrap_err().to_string();
+            assert!(error.contains("another user"), "{error}");
+        }
     }
 
     #[test]

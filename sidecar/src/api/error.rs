@@ -52,6 +52,11 @@ pub enum ApiError {
     /// The request comes from a web page, which has no business here.
     #[error("requests from web pages are not served")]
     Origin,
+    /// The sidecar has no token and was called by a name that a web page's owner could have made lead here.
+    #[error(
+        "a sidecar without a token answers to its address and to localhost only: call it so, or give it a --token-file"
+    )]
+    Host,
     /// No such path.
     #[error("no such call; GET /openapi.json lists them")]
     UnknownRoute,
@@ -61,9 +66,9 @@ pub enum ApiError {
     /// Too many large bodies at once.
     #[error("too many large requests at once; try again in a moment")]
     LargeBodiesBusy,
-    /// The metrics could not be written down.
-    #[error("the metrics could not be rendered")]
-    Metrics,
+    /// The answer could not be written down.
+    #[error("the answer could not be written down")]
+    Unsayable,
     /// The actor could not do it.
     #[error(transparent)]
     Command(#[from] CommandError),
@@ -80,11 +85,11 @@ impl ApiError {
             Self::SlowBody => ("timeout", StatusCode::REQUEST_TIMEOUT),
             Self::BrokenBody => ("malformed", StatusCode::BAD_REQUEST),
             Self::Unauthorized => ("unauthorized", StatusCode::UNAUTHORIZED),
-            Self::Origin => ("forbidden", StatusCode::FORBIDDEN),
+            Self::Origin | Self::Host => ("forbidden", StatusCode::FORBIDDEN),
             Self::UnknownRoute => ("unknown_route", StatusCode::NOT_FOUND),
             Self::WrongMethod => ("wrong_method", StatusCode::METHOD_NOT_ALLOWED),
             Self::LargeBodiesBusy => ("busy", StatusCode::TOO_MANY_REQUESTS),
-            Self::Metrics => ("internal", StatusCode::INTERNAL_SERVER_ERROR),
+            Self::Unsayable => ("internal", StatusCode::INTERNAL_SERVER_ERROR),
             Self::Command(error) => command_code(*error),
         }
     }

@@ -25,6 +25,7 @@ use tokio::time::{sleep, timeout};
 use tower_service::Service;
 
 use super::App;
+use super::slow::{Impatient, was_too_slow};
 use crate::metrics::{ConnectionEnd, Metrics};
 
 /// Pause after a failed `accept` (no more file descriptors, mostly), so that the loop does not spin.
@@ -37,6 +38,8 @@ pub struct ConnectionLimits {
     pub connections_max: usize,
     /// Time for a request's head to arrive, counted from the end of the last request: also the longest idle time.
     pub head_timeout: Duration,
+    /// Longest time in which a client takes nothing of its answer.
+    pub answer_timeout: Duration,
     /// Bytes read ahead per connection; also the longest request head.
     pub buffer_bytes: usize,
     /// On shutdown, time for requests at work to end.
@@ -48,6 +51,7 @@ impl Default for ConnectionLimits {
         Self {
             connections_max: 512,
             head_timeout: Duration::from_secs(30),
+            answer_timeout: Duration::from_secs(30),
             buffer_bytes: 32 << 10,
             drain_timeout: Duration::from_secs(5),
         }
@@ -237,13 +241,16 @@ impl Connection {
             .timer(TokioTimer::new())
             .header_read_timeout(self.limits.head_timeout)
             .max_buf_size(self.limits.buffer_bytes)
-            .serve_connection(TokioIo::new(stream), service);
+            .serve_connection(
+                Impatient::new(TokioIo::new(stream), self.limits.answer_timeout),
+                service,
+            );
         tokio::pin!(connection);
         let mut stopped = false;
         loop {
             tokio::select! {
                 ended = &mut connection => {
-                    if ended.is_err_and(|error| error.is_timeout()) {
+                    if ended.is_err_and(|error| was_too_slow(&error)) {
                         self.metrics.connection_closed(ConnectionEnd::Timeout);
                     }
                     return;

@@ -9,8 +9,10 @@ pub mod error;
 pub mod listen;
 pub mod openapi;
 pub mod parse;
+mod slow;
 pub mod wire;
 
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +20,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::rejection::PathRejection;
 use axum::extract::{DefaultBodyLimit, FromRequestParts, MatchedPath, Path, Request, State};
 use axum::http::request::Parts;
-use axum::http::{Method, header};
+use axum::http::{HeaderValue, Method, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -30,6 +32,7 @@ use self::error::{ApiError, ErrorBody};
 use self::listen::ConnectionState;
 pub use self::listen::{ConnectionLimits, serve};
 use self::parse::Entry;
+use self::slow::Slices;
 use self::wire::{
     CompatParts, CompatPinAnswer, CompatPinBody, CompatPrefetchAnswer, CompatPrefetchBody,
     EnvelopeAnswer, EnvelopeBody, HealthAnswer, RetireAnswer, SessionBody, SessionsAnswer,
@@ -37,6 +40,7 @@ use self::wire::{
 };
 use crate::actor::Handle;
 use crate::commands::{CommandError, SessionName};
+use crate::faults::delay_task;
 use crate::metrics::{Metrics, Refusal, ToolEvent};
 
 /// Bounds of what clients may ask of the API.
@@ -48,6 +52,8 @@ pub struct ApiLimits {
     pub small_body_bytes: usize,
     /// Bodies longer than `small_body_bytes` that are taken in at once.
     pub large_bodies_max: usize,
+    /// Lists of all sessions that are made or taken by their clients at once.
+    pub lists_max: usize,
     /// Of a body that is too long, this many bytes are read and thrown away before the answer.
     pub discard_bytes_max: usize,
     /// Time for the whole body to arrive.
@@ -62,6 +68,7 @@ impl Default for ApiLimits {
             body_bytes_max: 4 << 20,
             small_body_bytes: 64 << 10,
             large_bodies_max: 8,
+            lists_max: 8,
             discard_bytes_max: 64 << 20,
             body_timeout: Duration::from_secs(10),
             connections: ConnectionLimits::default(),
@@ -75,6 +82,7 @@ struct Api {
     auth: Option<Token>,
     limits: ApiLimits,
     large: Semaphore,
+    lists: Arc<Semaphore>,
 }
 
 type Shared = State<Arc<Api>>;
@@ -128,6 +136,7 @@ fn routes(handle: Handle, auth: Option<Token>, limits: ApiLimits) -> Router {
         handle,
         auth,
         large: Semaphore::new(limits.large_bodies_max),
+        lists: Arc::new(Semaphore::new(limits.lists_max)),
         limits,
     });
     Router::new()
@@ -157,6 +166,7 @@ async fn gate(State(api): Shared, request: Request, next: Next) -> Response {
     let response = match admitted(&api, request).await {
         Ok(request) => {
             let _working = connection.as_ref().map(|state| state.work());
+            delay_task!("gate::handler::delay");
             next.run(request).await
         }
         Err(error) => error.into_response(),
@@ -171,6 +181,10 @@ async fn gate(State(api): Shared, request: Request, next: Next) -> Response {
         503 => metrics.refused(Refusal::Draining),
         _ => {}
     }
+    #[cfg(feature = "faults")]
+    if kvstore::fault!("gate::answer::cut") {
+        return crate::faults::cut_short(response).await;
+    }
     response
 }
 
@@ -184,6 +198,10 @@ async fn admitted(api: &Api, request: Request) -> Result<Request, ApiError> {
     if request.headers().contains_key(header::ORIGIN) {
         return Err(ApiError::Origin);
     }
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    if api.auth.is_none() && hosts.any(is_domain) {
+        return Err(ApiError::Host);
+    }
     if let Some(token) = &api.auth
         && path != "/healthz"
         && !token.allows(request.headers())
@@ -196,6 +214,15 @@ async fn admitted(api: &Api, request: Request) -> Result<Request, ApiError> {
     let (parts, body) = request.into_parts();
     let bytes = body::read(body, &api.limits, &api.large).await?;
     Ok(Request::from_parts(parts, Body::from(bytes)))
+}
+
+/// Whether a `Host` is a name whose owner decides what it leads to: a web page could have it lead here, and the browser would
+/// take the sidecar for the page's own server. Without a token nothing else would stop it from reading.
+fn is_domain(host: &HeaderValue) -> bool {
+    let Ok(host) = host.to_str() else { return true };
+    let name = host.rsplit_once(':').map_or(host, |(name, _port)| name);
+    let of_ip = host.starts_with('[') || name.parse::<Ipv4Addr>().is_ok();
+    name.trim_end_matches('.').contains('.') && !of_ip
 }
 
 /// The session that the path names.
@@ -235,7 +262,7 @@ async fn metrics(State(api): Shared) -> Result<Response, ApiError> {
         tracing::debug!(%error, "gauges not refreshed");
     }
     let text = api.handle.metrics().render();
-    let text = text.map_err(|_| ApiError::Metrics)?;
+    let text = text.map_err(|_| ApiError::Unsayable)?;
     let kind = [(
         header::CONTENT_TYPE,
         "text/plain; version=0.0.4; charset=utf-8",
@@ -259,10 +286,14 @@ async fn status(State(api): Shared) -> Result<Json<StatusAnswer>, ApiError> {
 
 /// All known sessions.
 #[utoipa::path(get, path = "/v1/sessions", responses((status = 200, body = SessionsAnswer), (status = 401, body = ErrorBody), (status = 429, body = ErrorBody), (status = 503, body = ErrorBody)))]
-async fn sessions(State(api): Shared) -> Result<Json<SessionsAnswer>, ApiError> {
+async fn sessions(State(api): Shared) -> Result<Response, ApiError> {
+    let list = Arc::clone(&api.lists).try_acquire_owned();
+    let list = list.map_err(|_| ApiError::LargeBodiesBusy)?;
     let views = api.handle.sessions().await?;
     let sessions = views.into_iter().map(SessionBody::from).collect();
-    Ok(Json(SessionsAnswer { sessions }))
+    let json = serde_json::to_vec(&SessionsAnswer { sessions }).map_err(|_| ApiError::Unsayable)?;
+    let kind = [(header::CONTENT_TYPE, "application/json")];
+    Ok((kind, Body::new(Slices::new(json, list))).into_response())
 }
 
 /// One session.
@@ -388,6 +419,30 @@ mod tests {
         let request = Request::builder().method(method).uri(path);
         let request = request.body(Body::from("{}")).unwrap();
         router.clone().call(request).await.unwrap()
+    }
+
+    #[test]
+    fn a_domain_is_told_from_an_address_and_a_plain_name() {
+        let is_domain = |host: &str| is_domain(&HeaderValue::from_str(host).unwrap());
+        for own in [
+            "localhost",
+            "localhost:7411",
+            "127.0.0.1:7411",
+            "[::1]:7411",
+            "gpu-box:7411",
+            "localhost.",
+        ] {
+            assert!(!is_domain(own), "{own}");
+        }
+        for name in [
+            "evil.example",
+            "evil.example:7411",
+            "127.0.0.1.evil.example:80",
+            "a.b.",
+        ] {
+            assert!(is_domain(name), "{name}");
+        }
+        assert!(super::is_domain(&HeaderValue::from_bytes(b"\xff").unwrap()));
     }
 
     #[tokio::test]

@@ -50,6 +50,9 @@ enum CliError {
     /// The sidecar could not start or go on.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// A fault point that there is not, or not in this build.
+    #[error("--fault: {0}")]
+    Fault(String),
     /// The asynchronous runtime or the signal handlers could not be set up.
     #[error("cannot start: {0}")]
     Runtime(io::Error),
@@ -88,7 +91,7 @@ enum CliError {
 impl CliError {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Serve(ServeError::Config(_)) => 2,
+            Self::Config(_) | Self::Fault(_) | Self::Serve(ServeError::Config(_)) => 2,
             // The reader has seen enough (`greenroom sessions | head`).
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,
             _ => 1,

@@ -22,6 +22,9 @@ pub(super) struct ServeArgs {
     /// End when standard input does, as a private sidecar of the process that started it; no HTTP unless --listen is given
     #[arg(long)]
     until_stdin_closes: bool,
+    /// Makes something go wrong on purpose, e.g. server::write::delay=10%sleep(20); can be given more than once (builds with fault points only)
+    #[arg(long = "fault", value_name = "NAME=ACTIONS", hide = cfg!(not(feature = "faults")))]
+    faults: Vec<String>,
 }
 
 pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
@@ -30,7 +33,11 @@ pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
         settings.listen.get_or_insert(Listen::None);
     }
     let config = Config::resolve(settings, &Machine::probe()?)?;
+    arm(&args.faults)?;
     start_log(&config);
+    if !args.faults.is_empty() {
+        tracing::warn!(faults = args.faults.join(" "), "things go wrong on purpose");
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -43,6 +50,29 @@ pub(super) fn run(args: ServeArgs) -> Result<(), CliError> {
         crate::server::run(config, told_to_stop(terminate, interrupt, stdin)).await?;
         Ok(())
     })
+}
+
+#[cfg(feature = "faults")]
+fn arm(faults: &[String]) -> Result<(), CliError> {
+    for fault in faults {
+        let Some((name, actions)) = fault.split_once('=') else {
+            return Err(CliError::Fault(format!("`{fault}` is not NAME=ACTIONS")));
+        };
+        kvstore::faults::arm(name, actions).map_err(|error| CliError::Fault(error.to_string()))?;
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "faults"))]
+fn arm(faults: &[String]) -> Result<(), CliError> {
+    if faults.is_empty() {
+        return Ok(());
+    }
+    Err(CliError::Fault(
+        "this build has no fault points; `cargo build --profile faults --features faults -p greenroom-sidecar` makes \
+         target/faults/greenroom, which has"
+            .to_owned(),
+    ))
 }
 
 /// File and flags together.

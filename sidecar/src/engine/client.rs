@@ -19,8 +19,9 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use kvstore::ArenaMap;
 use parking_lot::{Condvar, Mutex};
 
-use super::frames::{FrameError, Hello, ToEngine, ToSidecar, decode, encode};
-use super::socket::{invalid, read_frame};
+use super::frames::{FrameError, Hello, Rising, ToEngine, ToSidecar, decode, encode};
+use super::socket::{FRAME_TIMEOUT, invalid, next_frame, read_frame};
+use crate::faults::Exit;
 
 /// Most messages that wait to be sent or to be read.
 const QUEUE_MESSAGES: usize = 4096;
@@ -151,15 +152,36 @@ impl Shared {
     }
 }
 
+/// Whoever serves the socket is handed every saved block and says which bytes come back: this user's sidecar, or root's.
+fn check_server(stream: &UnixStream) -> io::Result<()> {
+    let server = rustix::net::sockopt::socket_peercred(stream)?.uid;
+    let own = rustix::process::geteuid();
+    if server == own || server.is_root() {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::PermissionDenied,
+        format!(
+            "the socket is served by a process of user {}: only a sidecar of user {}, which the engine runs as, or of root is used",
+            server.as_raw(),
+            own.as_raw()
+        ),
+    ))
+}
+
 /// Connects and says hello; returns the stream, the welcome and the arena's descriptor.
 fn greet(socket: &Path, hello: &Hello) -> io::Result<(UnixStream, ToEngine, Option<OwnedFd>)> {
     let stream = UnixStream::connect(socket)?;
+    check_server(&stream)?;
     stream.set_read_timeout(Some(HELLO_TIMEOUT))?;
     stream.set_write_timeout(Some(HELLO_TIMEOUT))?;
+    if kvstore::fault!("client::hello::kill") {
+        return Err(io::ErrorKind::ConnectionReset.into());
+    }
     (&stream).write_all(&encode(1, &ToSidecar::Hello(hello.clone())).map_err(invalid)?)?;
     let (_, body, descriptor) = read_frame(&stream)?;
     let answer = decode(&body).map_err(invalid)?;
-    stream.set_read_timeout(None)?;
+    stream.set_read_timeout(Some(FRAME_TIMEOUT))?;
     stream.set_write_timeout(None)?;
     Ok((stream, answer, descriptor))
 }
@@ -294,8 +316,11 @@ impl Supervisor {
         std::thread::Builder::new()
             .name("greenroom-out".into())
             .spawn(move || {
+                let mut exit = Exit::of_client();
                 for frame in frames {
-                    if (&writer).write_all(&frame).is_err() {
+                    kvstore::fault_delay!("client::write::delay");
+                    let (frame, last) = exit.pass(frame);
+                    if (&writer).write_all(&frame).is_err() || last {
                         // The reader sees the same end and reports it.
                         writer.shutdown(Shutdown::Both).unwrap_or_default();
                         return;
@@ -307,20 +332,27 @@ impl Supervisor {
             .and_then(|()| self.read(&stream));
         self.shared.disconnect();
         if let Err(error) = ended
-            && error.kind() == io::ErrorKind::InvalidData
+            && matches!(
+                error.kind(),
+                io::ErrorKind::InvalidData | io::ErrorKind::TimedOut
+            )
         {
-            tracing::warn!(%error, "the sidecar sent a bad frame; connecting anew");
+            tracing::warn!(%error, "the sidecar sent a bad frame, or half of one; connecting anew");
         }
         self.deliver(Inbound::Lost).or(Ok(()))
     }
 
     fn read(&self, stream: &UnixStream) -> io::Result<()> {
+        let (mut replies, mut wants) = (Rising::default(), Rising::default());
         loop {
-            let (sequence, body, _) = read_frame(stream)?;
-            self.deliver(Inbound::Message {
-                sequence,
-                message: decode(&body).map_err(invalid)?,
-            })?;
+            let (sequence, body, _) = next_frame(stream)?;
+            let message = decode(&body).map_err(invalid)?;
+            if sequence != 0 {
+                replies.take(sequence).map_err(invalid)?;
+            } else if let ToEngine::Want { want, .. } = &message {
+                wants.take(*want).map_err(invalid)?;
+            }
+            self.deliver(Inbound::Message { sequence, message })?;
         }
     }
 }
@@ -431,7 +463,7 @@ fn attend(
     }
     (&stream).write_all(&encode(2, &ToSidecar::ArenaReady).map_err(invalid)?)?;
     // Nothing more is sent to a worker: the read ends when the sidecar does.
-    let ended = read_frame(&stream);
+    let ended = next_frame(&stream);
     shared.disconnect();
     match ended {
         Ok(_) => Err(invalid(FrameError::Malformed)),

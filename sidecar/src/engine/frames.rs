@@ -1,7 +1,8 @@
 //! The engine protocol's frames: header, messages, encoding. Pure: no sockets here.
 //!
 //! A frame is a [`Header`] (24 bytes, little-endian) and a body of at most [`BODY_MAX`] bytes, which is one message in
-//! postcard encoding. A reply carries the sequence number of the message it answers; a push carries 0.
+//! postcard encoding. An engine's messages are numbered upwards. A reply carries the number of the message it answers; a
+//! push carries 0, and wants have numbers of their own, which rise too ([`Rising`]).
 //! Whatever does not decode to the last byte is refused: the peer is then disconnected, nothing else is affected.
 
 use bytemuck::{Pod, Zeroable};
@@ -48,6 +49,28 @@ pub enum FrameError {
     /// The body is not one whole message.
     #[error("frame body does not decode")]
     Malformed,
+    /// It came twice, or after a later one.
+    #[error("frame {0} came twice or out of order")]
+    OutOfOrder(u64),
+}
+
+/// Numbers of what arrives over one connection: they rise. A frame that comes twice, or after a later one, ends the
+/// connection before anybody acts on it: its lease may have been given back, or be in use.
+#[derive(Debug, Default)]
+pub struct Rising(u64);
+
+impl Rising {
+    /// Takes the next number.
+    ///
+    /// # Errors
+    /// [`FrameError::OutOfOrder`] unless it is above all before it.
+    pub fn take(&mut self, number: u64) -> Result<(), FrameError> {
+        if number <= self.0 {
+            return Err(FrameError::OutOfOrder(number));
+        }
+        self.0 = number;
+        Ok(())
+    }
 }
 
 impl Header {
@@ -516,6 +539,19 @@ mod tests {
             Header::parse(&head),
             Err(FrameError::TooLarge(u32::MAX as usize))
         );
+    }
+
+    #[test]
+    fn numbers_rise_and_gaps_are_fine() {
+        let mut rising = Rising::default();
+        assert_eq!(rising.take(0), Err(FrameError::OutOfOrder(0)));
+        for number in [1, 2, 7] {
+            assert_eq!(rising.take(number), Ok(()));
+        }
+        for late in [7, 3, 0] {
+            assert_eq!(rising.take(late), Err(FrameError::OutOfOrder(late)));
+        }
+        assert_eq!(rising.take(8), Ok(()));
     }
 
     #[test]

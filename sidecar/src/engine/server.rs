@@ -3,30 +3,41 @@
 //! Each connection is two tasks: one reads and delivers (waiting for room, so that a flood slows only its sender), one
 //! writes. A peer that is not of this user, says no proper hello in time, or sends a bad frame is disconnected.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvstore::ArenaFile;
+use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
-use super::frames::{HEADER_BYTES, Header, Role, ToEngine, ToSidecar, decode, encode};
-use super::socket::{invalid, send_with_descriptor};
-use crate::actor::{ConnectionId, Event, Handle};
+use super::frames::{
+    HEADER_BYTES, Header, Hello, Rising, Role, ToEngine, ToSidecar, decode, encode,
+};
+use super::socket::{FRAME_TIMEOUT, invalid, send_with_descriptor};
+use crate::actor::{Admitted, ConnectionId, Event, Handle};
+use crate::faults::{Exit, delay_task};
 
 /// Engine connections at a time.
-const CONNECTIONS_MAX: usize = 256;
+pub const CONNECTIONS_MAX: usize = 256;
+/// Of these, connections of one process: one that runs wild leaves room for others.
+pub const CONNECTIONS_PER_PROCESS_MAX: usize = 128;
+/// Frames of one connection that may wait for the actor. As many engines as there can be leave half of its queue to clients.
+const FRAMES_WAITING_MAX: usize = 32;
 /// How long a peer may take to say hello, or to take a welcome.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// Frames that may wait for an engine to read them.
 const OUTBOX_FRAMES: usize = 4096;
 /// Bytes of such frames.
 const OUTBOX_BYTES: usize = 32 << 20;
+/// Shortest time between two log lines about connections that were turned away.
+const TURNED_AWAY_EVERY: Duration = Duration::from_secs(1);
 
 /// Accepts engines until the future is dropped.
 ///
@@ -37,7 +48,8 @@ pub async fn accept(
     arena: Arc<ArenaFile>,
     actor: Handle,
 ) -> io::Result<()> {
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let places = Arc::<Places>::default();
+    let mut turned_away = Seldom::default();
     let mut next = 0;
     loop {
         let (stream, _) = match listener.accept().await {
@@ -50,40 +62,132 @@ pub async fn accept(
             }
             Err(error) => return Err(error),
         };
-        let Ok(place) = places.clone().try_acquire_owned() else {
-            tracing::warn!("{CONNECTIONS_MAX} engine connections are open; one more was closed");
-            continue;
+        let admitted = trusted(&stream).and_then(|process| Ok((process, places.take(process)?)));
+        let (process, place) = match admitted {
+            Ok(admitted) => admitted,
+            Err(error) => {
+                if let Some(others) = turned_away.now() {
+                    tracing::warn!(%error, others, "an engine connection was turned away");
+                }
+                continue;
+            }
         };
         next += 1;
-        let (connection, arena, actor) = (ConnectionId(next), arena.clone(), actor.clone());
+        let peer = Peer {
+            connection: ConnectionId(next),
+            process,
+        };
+        let (arena, actor) = (arena.clone(), actor.clone());
         tokio::spawn(async move {
-            if let Err(error) = serve(stream, connection, &arena, &actor).await {
-                tracing::info!(%error, connection = connection.0, "engine connection ended");
+            if let Err(error) = serve(stream, peer, &arena, &actor).await {
+                tracing::info!(%error, connection = peer.connection.0, process, "engine connection ended");
             }
-            actor.deliver(Event::Lost(connection)).await;
+            actor.deliver(Event::Lost(peer.connection)).await;
             drop(place);
         });
     }
 }
 
-async fn serve(
-    stream: UnixStream,
-    connection: ConnectionId,
-    arena: &ArenaFile,
-    actor: &Handle,
-) -> io::Result<()> {
+/// The process behind a connection, if it is this user's or root's: it gets a writable mapping of the arena.
+fn trusted(stream: &UnixStream) -> io::Result<u32> {
     let peer = stream.peer_cred()?;
     let own = rustix::process::geteuid().as_raw();
+    let process = peer.pid().and_then(|pid| u32::try_from(pid).ok());
     if peer.uid() != own && peer.uid() != 0 {
         return Err(io::Error::new(
             io::ErrorKind::PermissionDenied,
-            "the peer is another user's process",
+            format!(
+                "process {} is of user {}: only processes of user {own}, which the sidecar runs as, and of root may connect",
+                process.unwrap_or(0),
+                peer.uid()
+            ),
         ));
     }
-    let process = peer
-        .pid()
-        .and_then(|pid| u32::try_from(pid).ok())
-        .ok_or_else(|| io::Error::other("the peer has no process id"))?;
+    process.ok_or_else(|| {
+        io::Error::other(
+            "the peer has no process id here: run the sidecar in the same PID namespace",
+        )
+    })
+}
+
+/// Open connections by process.
+#[derive(Default)]
+struct Places(Mutex<HashMap<u32, usize>>);
+
+/// One of them; free again when it is dropped.
+struct Place {
+    process: u32,
+    places: Arc<Places>,
+}
+
+impl Places {
+    fn take(self: &Arc<Self>, process: u32) -> io::Result<Place> {
+        let mut open = self.0.lock();
+        let (all, own) = (
+            open.values().sum::<usize>(),
+            open.get(&process).copied().unwrap_or(0),
+        );
+        if all >= CONNECTIONS_MAX || own >= CONNECTIONS_PER_PROCESS_MAX {
+            return Err(io::Error::other(format!(
+                "{all} engine connections are open, {own} of them of process {process}; the limits are {CONNECTIONS_MAX} \
+                 and {CONNECTIONS_PER_PROCESS_MAX}"
+            )));
+        }
+        open.insert(process, own + 1);
+        Ok(Place {
+            process,
+            places: self.clone(),
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut open = self.places.0.lock();
+        if let Some(own) = open.get_mut(&self.process) {
+            *own -= 1;
+            if *own == 0 {
+                open.remove(&self.process);
+            }
+        }
+    }
+}
+
+/// Keeps a peer that tries again and again from filling the log.
+#[derive(Default)]
+struct Seldom {
+    last: Option<Instant>,
+    left_out: u64,
+}
+
+impl Seldom {
+    /// Whether to say something now; then how often nothing was said since the last time.
+    fn now(&mut self) -> Option<u64> {
+        if self
+            .last
+            .is_some_and(|last| last.elapsed() < TURNED_AWAY_EVERY)
+        {
+            self.left_out += 1;
+            return None;
+        }
+        self.last = Some(Instant::now());
+        Some(std::mem::take(&mut self.left_out))
+    }
+}
+
+/// Who is at the other end.
+#[derive(Clone, Copy)]
+struct Peer {
+    connection: ConnectionId,
+    process: u32,
+}
+
+async fn serve(
+    stream: UnixStream,
+    peer: Peer,
+    arena: &ArenaFile,
+    actor: &Handle,
+) -> io::Result<()> {
     let (mut reader, writer) = stream.into_split();
     let (sequence, message) = tokio::time::timeout(HELLO_TIMEOUT, read(&mut reader)).await??;
     let ToSidecar::Hello(hello) = message else {
@@ -92,29 +196,14 @@ async fn serve(
             "the first message was no hello",
         ));
     };
-    let pidfd = match hello.role {
-        Role::Worker { .. } => match open_process(process) {
-            Ok(pidfd) => Some(pidfd),
-            // Without it nobody could tell when the worker's copies have ended for good.
-            Err(error) => return refuse(&writer, sequence, format!("the worker's process {process} cannot be watched ({error}): run the sidecar in the same PID namespace")).await,
-        },
-        Role::Scheduler => None,
-    };
     let (outbox, frames, cut) = outbox();
-    let (reply, admitted) = oneshot::channel();
-    actor
-        .deliver(Event::Hello {
-            connection,
-            hello,
-            outbox,
-            process,
-            reply,
-        })
-        .await;
-    let admitted = match admitted.await.map_err(io::Error::other)? {
+    let admitted = match admit(peer, hello, outbox, actor).await? {
         Ok(admitted) => admitted,
         Err(reason) => return refuse(&writer, sequence, reason).await,
     };
+    if kvstore::fault!("server::welcome::kill") {
+        return Err(io::ErrorKind::ConnectionReset.into());
+    }
     let answer = ToEngine::Welcome {
         boot: admitted.boot,
         arena_bytes: admitted.arena_bytes,
@@ -122,33 +211,80 @@ async fn serve(
     };
     let frame = encode(sequence, &answer).map_err(invalid)?;
     tokio::time::timeout(HELLO_TIMEOUT, welcome(&writer, &frame, Some(arena.fd()))).await??;
-    if let Some(pidfd) = pidfd
+    let writing = tokio::spawn(write(writer, frames));
+    let ended = tokio::select! {
+        ended = listen(&mut reader, peer.connection, actor) => ended,
+        () = cut.notified() => Err(io::Error::other("cut off: it does not read, or says what it may not")),
+    };
+    writing.abort();
+    ended
+}
+
+/// Has the actor take an engine's process in, or say why not. A worker's process is watched from then on: its slots are
+/// free when it has exited, whatever becomes of the connection.
+async fn admit(
+    peer: Peer,
+    hello: Hello,
+    outbox: Outbox,
+    actor: &Handle,
+) -> io::Result<Result<Admitted, String>> {
+    let process = peer.process;
+    let pidfd = match hello.role {
+        Role::Worker { .. } => match open_process(process) {
+            Ok(pidfd) => Some(pidfd),
+            // Without it nobody could tell when the worker's copies have ended for good.
+            Err(error) => {
+                return Ok(Err(format!(
+                    "the worker's process {process} cannot be watched ({error}): run the sidecar in the same PID namespace"
+                )));
+            }
+        },
+        Role::Scheduler => None,
+    };
+    let (reply, admitted) = oneshot::channel();
+    actor
+        .deliver(Event::Hello {
+            connection: peer.connection,
+            hello,
+            outbox,
+            process,
+            reply,
+        })
+        .await;
+    let admitted = admitted.await.map_err(io::Error::other)?;
+    if let (Ok(Admitted { watch: true, .. }), Some(pidfd)) = (&admitted, pidfd)
         && let Err(error) = watch(pidfd, process, actor.clone())
     {
         tracing::error!(%error, "cannot watch an engine's process; its slots stay reserved when it goes");
     }
-    let writing = tokio::spawn(write(writer, frames));
-    let ended = loop {
-        let message = tokio::select! {
-            message = read(&mut reader) => message,
-            () = cut.notified() => break Err(io::Error::other("cut off: it does not read, or says what it may not")),
+    Ok(admitted)
+}
+
+/// Delivers what an engine says until it leaves.
+async fn listen(
+    reader: &mut OwnedReadHalf,
+    connection: ConnectionId,
+    actor: &Handle,
+) -> io::Result<()> {
+    let places = Arc::new(Semaphore::new(FRAMES_WAITING_MAX));
+    let mut numbers = Rising::default();
+    loop {
+        let (sequence, message) = match read(reader).await {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            other => other?,
         };
-        match message {
-            Ok((sequence, message)) => {
-                actor
-                    .deliver(Event::Message {
-                        connection,
-                        sequence,
-                        message: Box::new(message),
-                    })
-                    .await;
-            }
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break Ok(()),
-            Err(error) => break Err(error),
-        }
-    };
-    writing.abort();
-    ended
+        numbers.take(sequence).map_err(invalid)?;
+        let place = places.clone().acquire_owned().await;
+        let place = place.map_err(io::Error::other)?;
+        actor
+            .deliver(Event::Message {
+                connection,
+                sequence,
+                message: Box::new(message),
+                place,
+            })
+            .await;
+    }
 }
 
 /// Answers a hello that cannot be accepted, and ends the connection.
@@ -192,9 +328,29 @@ fn watch(pidfd: OwnedFd, process: u32, actor: Handle) -> io::Result<()> {
     Ok(())
 }
 
+/// Reads one message: waits as long as it takes for its first byte, and a bounded time for the rest.
 async fn read(reader: &mut OwnedReadHalf) -> io::Result<(u64, ToSidecar)> {
     let mut head = [0; HEADER_BYTES];
-    reader.read_exact(&mut head).await?;
+    let begun = reader.read(&mut head).await?;
+    if begun == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    tokio::time::timeout(FRAME_TIMEOUT, read_rest(reader, head, begun))
+        .await
+        .map_err(|_| {
+            io::Error::new(
+                io::ErrorKind::TimedOut,
+                "it stopped in the middle of a frame",
+            )
+        })?
+}
+
+async fn read_rest(
+    reader: &mut OwnedReadHalf,
+    mut head: [u8; HEADER_BYTES],
+    begun: usize,
+) -> io::Result<(u64, ToSidecar)> {
+    reader.read_exact(&mut head[begun..]).await?;
     let (body_bytes, sequence) = Header::parse(&head).map_err(invalid)?;
     let mut body = Vec::new();
     // Grows with what really arrives: a header that only claims a large body takes no memory.
@@ -272,9 +428,12 @@ impl Outbox {
 
 /// Writes frames until the outbox is closed; then the connection is shut down, which the reader sees.
 async fn write(mut writer: OwnedWriteHalf, mut inlet: Inlet) {
+    let mut exit = Exit::of_server();
     while let Some(frame) = inlet.frames.recv().await {
         inlet.queued.fetch_sub(frame.len(), Ordering::Relaxed);
-        if writer.write_all(&frame).await.is_err() {
+        delay_task!("server::write::delay");
+        let (frame, last) = exit.pass(frame);
+        if writer.write_all(&frame).await.is_err() || last {
             break;
         }
     }

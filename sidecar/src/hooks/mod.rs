@@ -429,8 +429,9 @@ impl SchedulerHooks {
 
     /// The engine resets its cache (weights changed, sleep): nothing of before is ever readable again.
     pub fn reset(&mut self) {
-        #[cfg(feature = "faults")]
-        fail::fail_point!("hooks::reset::skip", |_| ());
+        if kvstore::fault!("hooks::reset::skip") {
+            return;
+        }
         self.epoch += 1;
         self.send(&ToSidecar::Reset);
         if let Some(id) = self.namespace {

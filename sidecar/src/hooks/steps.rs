@@ -14,8 +14,9 @@ use crate::engine::plan::PlannedJob;
 impl SchedulerHooks {
     /// Looks after the blocks of running saves before anything computes.
     pub(super) fn recheck_saves(&mut self, pool: &mut dyn GpuPool) {
-        #[cfg(feature = "faults")]
-        fail::fail_point!("hooks::recheck_saves::skip", |_| ());
+        if kvstore::fault!("hooks::recheck_saves::skip") {
+            return;
+        }
         for (id, job) in self.jobs.saves_mut() {
             if let Work::Save { blocks, fenced, .. } = &mut job.work
                 && !saves::recheck(blocks, pool)

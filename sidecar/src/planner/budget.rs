@@ -42,14 +42,10 @@ pub const BUSY_PERCENT: usize = 80;
 /// How many blocks may be fetched now: `free − kept − chunk ≥ reserve`.
 pub fn admit(pool: PoolFacts, demand: Demand) -> Admission {
     assert!(demand.missing > 0 && demand.chunk > 0, "nothing to admit");
-    #[cfg(feature = "faults")]
-    let pool = PoolFacts {
-        reserve: faulty_reserve(pool.reserve),
-        ..pool
-    };
+    let given_away = usize::from(kvstore::fault!("budget::admit::one_less"));
     let room = pool
         .free
-        .saturating_sub(pool.reserve)
+        .saturating_sub(pool.reserve.saturating_sub(given_away))
         .saturating_sub(demand.kept);
     let fetch = demand.missing.min(demand.chunk).min(room);
     if fetch > 0 {
@@ -59,13 +55,6 @@ pub fn admit(pool: PoolFacts, demand: Demand) -> Admission {
     } else {
         Admission::Later
     }
-}
-
-/// `budget::admit::one_less`: a block of the reserve is given away.
-#[cfg(feature = "faults")]
-fn faulty_reserve(reserve: usize) -> usize {
-    fail::fail_point!("budget::admit::one_less", |_| reserve.saturating_sub(1));
-    reserve
 }
 
 /// Whether so much of the pool is in use that only sessions that are due are brought back.

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
+use greenroom_tests::sidecar::until;
 use serde_json::json;
 use sidecar::api::ApiLimits;
 
@@ -183,6 +184,36 @@ fn a_good_client_keeps_its_connection_while_strangers_come_and_go() {
     good.write_all(request).unwrap();
     assert_eq!(read_one(&mut good).status, 200);
     drop(strangers);
+}
+
+/// Asks for one long list after the other and reads none.
+#[test]
+fn a_client_that_does_not_read_is_cut_off_and_holds_up_nobody_for_long() {
+    let mut limits = ApiLimits {
+        lists_max: 1,
+        ..ApiLimits::default()
+    };
+    limits.connections.answer_timeout = Duration::from_millis(200);
+    let sidecar = Sidecar::start_with(limits, None);
+    for i in 0..100 {
+        sidecar.make_session(&format!("{i:0>200}"));
+    }
+    let mut deaf = sidecar.connect();
+    let request = b"GET /v1/sessions HTTP/1.1\r\nhost: x\r\n\r\n";
+    let closed = "greenroom_http_connections_closed_total{reason=\"timeout\"}";
+    deaf.set_write_timeout(Some(Duration::from_secs(1)))
+        .unwrap();
+    let mut refused = 0;
+    until("it is cut off", || {
+        // More than any socket's buffers hold; once it is cut off there is nowhere to write to.
+        deaf.write_all(&request.repeat(100)).ok();
+        refused += u32::from(sidecar.get("/v1/sessions").status == 429);
+        sidecar.assert_serves();
+        sidecar.metric(closed) > 0.5
+    });
+    assert!(refused > 0, "its list was never in the way");
+    assert_eq!(sidecar.get("/v1/sessions").status, 200);
+    drop(deaf);
 }
 
 #[test]

@@ -179,6 +179,9 @@ fn a_token_is_asked_for_everywhere_but_at_the_health_check() {
 #[test]
 fn web_pages_are_not_served() {
     let sidecar = Sidecar::start();
+    let rebound = sidecar.send_with("GET", "/v1/status", &["host: evil.example:7411"], b"");
+    let message = rebound.error(403, "forbidden");
+    assert!(message.contains("localhost"), "{message}");
     let from_page = ["origin: http://evil.example"];
     let answer = sidecar.send_with(
         "POST",

@@ -26,6 +26,7 @@ def test_every_key_is_taken() -> None:
     extra = {
         "memory": "8GiB",
         "listen": "127.0.0.1:7411",
+        "token_file": "/etc/greenroom/token",
         "lookup_wait_ms": 20,
         "gpu_hold_ratio": 1,
         "prefetch": False,
@@ -46,6 +47,9 @@ def test_every_key_is_taken() -> None:
         ({"socket": "greenroom.sock"}, "socket"),
         ({"socket": "/s", "memory": "8GiB"}, "memory"),
         ({"socket": "/s", "listen": "127.0.0.1:1"}, "listen"),
+        ({"socket": "/s", "token_file": "/t"}, "token_file"),
+        ({"token_file": "/t"}, "listen"),
+        ({"listen": "127.0.0.1:1", "token_file": "t"}, "token_file"),
         ({"lookup_wait_ms": -1}, "lookup_wait_ms"),
         ({"lookup_wait_ms": 10_001}, "lookup_wait_ms"),
         ({"lookup_wait_ms": True}, "lookup_wait_ms"),
@@ -76,6 +80,16 @@ def test_all_processes_of_an_engine_find_one_socket(private: Path) -> None:
     assert path == private / "greenroom" / "greenroom-5c3a-engine.sock"
     assert path.parent.stat().st_mode & 0o777 == 0o700
     assert embedded.socket_path("5c3a-engine") == path
+
+
+def test_by_default_nobody_else_can_reach_it(private: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = private / "said"
+    fake_sidecar(private, monkeypatch, LISTENING + f'"{said}"')
+    embedded.EmbeddedSidecar("engine", Settings()).close()
+    words = said.read_text().split()
+    assert "--listen" not in words and "--until-stdin-closes" in words, "no HTTP unless it is asked for"
+    socket_at = Path(words[words.index("--socket") + 1])
+    assert socket_at.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_an_engine_id_never_leaves_the_directory(private: Path) -> None:
@@ -127,7 +141,8 @@ sys.stdin.read()
 def test_the_first_process_starts_it_and_the_others_use_it(private: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = private / "said"
     fake_sidecar(private, monkeypatch, LISTENING + f'"{said}"')
-    first = embedded.EmbeddedSidecar("engine", Settings(memory="1GiB", listen="127.0.0.1:0"))
+    settings = Settings(memory="1GiB", listen="127.0.0.1:0", token_file="/token")
+    first = embedded.EmbeddedSidecar("engine", settings)
     second = embedded.EmbeddedSidecar("engine", Settings(memory="1GiB"))
     try:
         assert second.socket == first.socket
@@ -136,6 +151,7 @@ def test_the_first_process_starts_it_and_the_others_use_it(private: Path, monkey
             still_there.connect(str(first.socket))
         assert said.read_text().startswith(
             f"serve --socket {first.socket} --until-stdin-closes --memory 1GiB --listen 127.0.0.1:0"
+            " --token-file /token"
         )
     finally:
         first.close()

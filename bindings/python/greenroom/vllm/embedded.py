@@ -180,6 +180,8 @@ class EmbeddedSidecar:
             argv += ["--memory", settings.memory]
         if settings.listen is not None:
             argv += ["--listen", settings.listen]
+        if settings.token_file is not None:
+            argv += ["--token-file", settings.token_file]
         self._process = process = _spawn(argv)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not answers(self.socket):

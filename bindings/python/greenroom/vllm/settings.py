@@ -23,6 +23,8 @@ class Settings:
     """Socket of a running sidecar; left out: an embedded one is started."""
     listen: str | None = None
     """HTTP address of the embedded sidecar; left out: it has none."""
+    token_file: str | None = None
+    """File with the token that its HTTP clients must send; left out: every user of this machine may call it."""
     lookup_wait_ms: int = 50
     """How long a request may wait for the sidecar's answer before it counts as a miss."""
     gpu_hold_ratio: float = 0.3
@@ -45,7 +47,7 @@ class Settings:
         for key in extra:
             if key not in known:
                 _refuse(f"unknown key {key!r} in kv_connector_extra_config; known keys: {', '.join(sorted(known))}")
-        for key in ("memory", "socket", "listen"):
+        for key in ("memory", "socket", "listen", "token_file"):
             if key in extra and not (isinstance(extra[key], str) and extra[key]):
                 _refuse(f"{key} must be a string that is not empty, not {extra[key]!r}")
         for key in ("prefetch", "force"):
@@ -56,11 +58,16 @@ class Settings:
         if settings.layout not in ("auto", "engine"):
             _refuse(f"layout must be auto or engine, not {settings.layout!r}")
         if settings.socket is not None:
-            for key in ("memory", "listen"):
+            for key in ("memory", "listen", "token_file"):
                 if getattr(settings, key) is not None:
                     _refuse(f"{key} belongs to an embedded sidecar and socket names a running one: give one of the two")
             if not settings.socket.startswith("/"):
                 _refuse(f"socket must be an absolute path, not {settings.socket!r}")
+        if settings.token_file is not None:
+            if settings.listen is None:
+                _refuse("token_file guards the HTTP address: give listen as well")
+            if not settings.token_file.startswith("/"):
+                _refuse(f"token_file must be an absolute path, not {settings.token_file!r}")
         return settings
 
     def _check_numbers(self) -> None:

@@ -271,6 +271,9 @@ impl Actor {
     }
 
     fn settle(&mut self, key: EngineKey, lease: LeaseId, commit: bool, now: Instant) {
+        if kvstore::fault!("actor::settle::lost") {
+            return;
+        }
         let (Some(owner), Some(cut)) = (self.engines.owner(key), &mut self.cut) else {
             return;
         };

@@ -8,11 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use super::Finding;
-use crate::api::auth::read_token;
-use crate::config::{LISTEN_DEFAULT, Listen, Settings, default_socket};
-
-/// Longest path of a Unix socket on Linux, in bytes.
-const SOCKET_PATH_MAX: usize = 107;
+use crate::api::auth::{check_writers, read_token};
+use crate::config::{LISTEN_DEFAULT, Listen, SOCKET_PATH_MAX, Settings, default_socket};
 
 /// All of them.
 pub(super) fn check(settings: &Settings) -> Vec<Finding> {
@@ -119,6 +116,10 @@ fn token(path: &Path) -> Finding {
         return Finding::problem(area, error.to_string())
             .do_this("write a token into it, e.g. openssl rand -hex 32");
     }
+    if let Err(error) = check_writers(path) {
+        return Finding::problem(area, error.to_string())
+            .do_this("keep it to the user that runs the sidecar");
+    }
     match fs::metadata(path) {
         Ok(meta) if meta.mode() & 0o004 != 0 => {
             Finding::warning(area, format!("everybody can read {}", path.display()))
@@ -181,6 +182,8 @@ mod tests {
         fs::write(&path, "open-sesame").unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
         assert_eq!(token(&path).severity, Severity::Warning);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o606)).unwrap();
+        assert_eq!(token(&path).severity, Severity::Problem);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         assert_eq!(token(&path).severity, Severity::Ok);
     }
