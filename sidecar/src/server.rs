@@ -136,7 +136,7 @@ fn bind_engine_socket(path: &Path) -> Result<UnixListener, ServeError> {
         remove_dead(path, &folder, &failed)?;
     }
     // The name appears when somebody listens behind it, so that a socket that refuses a connection is a dead one.
-    let unfinished = format!(".greenroom-{}", boot_id());
+    let unfinished = format!(".greenroom-{}", engine::start_id());
     let socket = listen_on(&folder, &unfinished).map_err(|e| failed(e.into()));
     let named = socket
         .as_ref()
