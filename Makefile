@@ -17,6 +17,7 @@ TOOLS := .venv-tools
 UV := $(TOOLS)/bin/uv
 REQUIREMENTS := tests/python/requirements
 BUILT := $(or $(CARGO_TARGET_DIR),target)
+CARGO_TEST = $(if $(shell cargo nextest --version 2>/dev/null),cargo nextest run,cargo test) $(CARGO_FLAGS)
 # vLLM 0.32 wants Python 3.11 or newer; uv takes one from the machine or fetches it.
 VLLM_PYTHON := >=3.11,<3.15
 export UV_NO_PROGRESS := 1
@@ -50,7 +51,7 @@ test: check install install-026 ## every test there is: `check`, then everything
 	.venv/bin/python -m pytest tests/python $(PYTEST_FLAGS)
 
 .PHONY: check
-check: lint check-rust check-python ## the inner loop, without vLLM
+check: lint check-rust check-models check-python ## the inner loop, without vLLM
 
 .PHONY: lint
 lint: $(TOOLS)/.ready ## format and lints of Rust and Python, nothing is changed
@@ -69,6 +70,11 @@ check-rust: ## Rust tests, with the default features, and with `strict` and ever
 	  cargo test $(CARGO_FLAGS) --all-targets && cargo test $(CARGO_FLAGS) --all-targets --features strict,faults; \
 	fi
 	cargo test $(CARGO_FLAGS) --doc --quiet
+
+.PHONY: check-models
+check-models: ## the link's epoch word and the copy thread under thousands of interleavings (GREENROOM_SCHEDULES=n: more)
+	$(CARGO_TEST) -p greenroom-cuda --lib --features models models::
+	$(CARGO_TEST) -p greenroom-sidecar --lib --no-default-features --features models models::
 
 .PHONY: check-python
 check-python: $(TOOLS)/.ready ## the native module against its stub, the Python tests that need no vLLM

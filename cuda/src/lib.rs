@@ -29,9 +29,12 @@ mod device;
 mod engine;
 mod host;
 mod jobs;
+#[cfg(all(test, feature = "models"))]
+mod models;
 mod owner;
 mod ranges;
 mod schedule;
+mod sync;
 #[cfg(test)]
 mod testkit;
 mod thread;

@@ -6,12 +6,9 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use kvstore::{GpuBlock, SlotId};
-use parking_lot::{Condvar, Mutex};
 
 use crate::device::DevicePool;
 use crate::engine::{ArenaId, ComputeMark, CopyEngine, CopyError, CopyKind, JobId};
@@ -19,6 +16,9 @@ use crate::jobs::{JobEnd, Jobs, NewJob};
 use crate::owner::{self, Owner};
 use crate::ranges::{ArenaShard, Cutter, ranges};
 use crate::schedule::CopyLimits;
+use crate::sync::mpsc::{SyncSender, sync_channel};
+use crate::sync::thread::{Builder, JoinHandle};
+use crate::sync::{Condvar, Mutex};
 
 /// Arenas attached at once: one is in use, the others wait for the last jobs of sidecars that have gone.
 pub(crate) const ARENAS_MAX: usize = 16;
@@ -110,7 +110,7 @@ impl CopyThread {
         });
         let (reply, started) = sync_channel(1);
         let owner = Owner::new(engine, Arc::clone(&shared), &limits);
-        let owner = std::thread::Builder::new()
+        let owner = Builder::new()
             .name("greenroom-copy".to_owned())
             .spawn(move || owner::run(owner, &reply))
             .map_err(|error| CopyError::NoThread(error.kind()))?;
@@ -173,7 +173,9 @@ impl CopyThread {
             };
             state.jobs.add(job, Instant::now());
         }
-        self.shared.work.notify_one();
+        if !kvstore::fault!("thread::submit::skip_wake") {
+            self.shared.work.notify_one();
+        }
         Ok(())
     }
 
@@ -192,6 +194,9 @@ impl CopyThread {
     /// call it while holding something that a copy's compute mark waits for.
     pub fn fence(&self, jobs: &[JobId]) {
         self.cancel(jobs);
+        if kvstore::fault!("thread::fence::skip_wait") {
+            return;
+        }
         let mut state = self.shared.state.lock();
         while jobs.iter().any(|&id| state.jobs.is_live(id)) {
             self.shared.ended.wait(&mut state);
@@ -277,6 +282,7 @@ mod tests {
     use std::time::Duration;
 
     use kvstore::ArenaMap;
+    use parking_lot::Mutex;
 
     use super::*;
     use crate::conformance::{DeviceMemory, EngineFactory, PoolShape, RegionShape, Rig};

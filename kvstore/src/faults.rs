@@ -149,6 +149,21 @@ pub const POINTS: &[Point] = &[
         "a load is computed in its place, a save is not published",
     ),
     point(
+        "thread::submit::skip_wake",
+        "the copy thread is not woken for a job",
+        "a defect made on purpose: the models see a wait that nothing ends",
+    ),
+    point(
+        "thread::fence::skip_wait",
+        "a fence does not wait for copies that run",
+        "a defect made on purpose: the models see a copy after it",
+    ),
+    point(
+        "owner::settle::skip_wake",
+        "who waits for a job's end is not woken by it",
+        "a defect made on purpose: the models see a wait that nothing ends",
+    ),
+    point(
         "thread::take_finished::late",
         "ended copies are not told yet",
         "they are told later, each once",

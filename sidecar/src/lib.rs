@@ -13,6 +13,7 @@ pub mod engine;
 mod faults;
 pub mod hooks;
 pub mod planner;
+mod sync;
 
 #[cfg(feature = "server")]
 pub mod actor;

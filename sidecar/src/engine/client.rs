@@ -11,20 +11,22 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use kvstore::ArenaMap;
 use parking_lot::{Condvar, Mutex};
 
 use super::frames::{FrameError, Hello, Rising, ToEngine, ToSidecar, decode, encode};
 use super::socket::{FRAME_TIMEOUT, invalid, next_frame, read_frame};
 use crate::faults::Exit;
+use crate::sync::thread::{Builder, JoinHandle};
+use crate::sync::{AtomicU64, Receiver, Sender, TrySendError, bounded};
 
-/// Most messages that wait to be sent or to be read.
-const QUEUE_MESSAGES: usize = 4096;
+/// Most messages that wait to be sent.
+const OUTBOX_MESSAGES: usize = 4096;
+/// Most messages that wait to be read; few in a model, where the reader shall meet a full inbox.
+const INBOX_MESSAGES: usize = if cfg!(feature = "models") { 2 } else { 4096 };
 /// How long the sidecar may take to answer a hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// First and last pause between attempts to connect.
@@ -71,9 +73,7 @@ pub struct Outbox {
 
 impl std::fmt::Debug for Outbox {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Outbox")
-            .field("queued", &self.frames.len())
-            .finish()
+        f.debug_struct("Outbox").finish_non_exhaustive()
     }
 }
 
@@ -199,25 +199,29 @@ impl SchedulerLink {
     /// # Errors
     /// If the thread cannot be started.
     pub fn open(socket: PathBuf, hello: Hello, waker: Waker) -> io::Result<Self> {
+        let (mut link, supervisor) = Self::pair(socket, hello, waker);
+        let thread = Builder::new().name("greenroom-link".into());
+        link.supervisor = Some(thread.spawn(move || supervisor.run())?);
+        Ok(link)
+    }
+
+    /// Both ends of the inbox, before a thread is at the other one.
+    fn pair(socket: PathBuf, hello: Hello, waker: Waker) -> (Self, Supervisor) {
         let shared = Shared::new();
-        let (inbox_in, inbox) = bounded(QUEUE_MESSAGES);
-        let supervisor = std::thread::Builder::new()
-            .name("greenroom-link".into())
-            .spawn({
-                let supervisor = Supervisor {
-                    shared: shared.clone(),
-                    inbox: inbox_in,
-                    waker,
-                    socket,
-                    hello,
-                };
-                move || supervisor.run()
-            })?;
-        Ok(Self {
+        let (inbox_in, inbox) = bounded(INBOX_MESSAGES);
+        let supervisor = Supervisor {
+            shared: shared.clone(),
+            inbox: inbox_in,
+            waker,
+            socket,
+            hello,
+        };
+        let link = Self {
             shared,
             inbox,
-            supervisor: Some(supervisor),
-        })
+            supervisor: None,
+        };
+        (link, supervisor)
     }
 
     /// The epoch word: unchanged means that the inbox has nothing new. Costs no system call.
@@ -233,14 +237,8 @@ impl SchedulerLink {
     /// Ends the connection and its threads.
     pub fn close(&mut self) {
         self.shared.close();
-        // A full inbox may hold the reader: emptying it lets the thread see that the link is closed.
-        while let Some(supervisor) = &self.supervisor {
-            while self.inbox.try_recv().is_ok() {}
-            if supervisor.is_finished() {
-                break;
-            }
-            std::thread::yield_now();
-        }
+        // A full inbox may hold the reader: it is emptied until the thread has let go of its end.
+        while self.inbox.recv().is_ok() {}
         if let Some(supervisor) = self.supervisor.take()
             && supervisor.join().is_err()
         {
@@ -303,30 +301,24 @@ impl Supervisor {
             }
             _ => return Err(invalid(FrameError::Malformed)),
         };
-        let (sender, frames) = bounded::<Vec<u8>>(QUEUE_MESSAGES);
-        let outbox = Outbox {
-            frames: sender,
-            shared: self.shared.clone(),
-        };
+        let (outbox, frames) = self.outbox();
         if !self.shared.connected(&stream)? {
             return Ok(());
         }
         let writer = stream.try_clone()?;
         // Not joined: it ends when the hooks let go of the outbox, which an idle engine may do later.
-        std::thread::Builder::new()
-            .name("greenroom-out".into())
-            .spawn(move || {
-                let mut exit = Exit::of_client();
-                for frame in frames {
-                    kvstore::fault_delay!("client::write::delay");
-                    let (frame, last) = exit.pass(frame);
-                    if (&writer).write_all(&frame).is_err() || last {
-                        // The reader sees the same end and reports it.
-                        writer.shutdown(Shutdown::Both).unwrap_or_default();
-                        return;
-                    }
+        Builder::new().name("greenroom-out".into()).spawn(move || {
+            let mut exit = Exit::of_client();
+            for frame in frames {
+                kvstore::fault_delay!("client::write::delay");
+                let (frame, last) = exit.pass(frame);
+                if (&writer).write_all(&frame).is_err() || last {
+                    // The reader sees the same end and reports it.
+                    writer.shutdown(Shutdown::Both).unwrap_or_default();
+                    return;
                 }
-            })?;
+            }
+        })?;
         let ended = self
             .deliver(Inbound::Connected { boot, outbox })
             .and_then(|()| self.read(&stream));
@@ -340,6 +332,16 @@ impl Supervisor {
             tracing::warn!(%error, "the sidecar sent a bad frame, or half of one; connecting anew");
         }
         self.deliver(Inbound::Lost).or(Ok(()))
+    }
+
+    /// A new connection's outbox, and the frames that are put into it.
+    fn outbox(&self) -> (Outbox, Receiver<Vec<u8>>) {
+        let (sender, frames) = bounded(OUTBOX_MESSAGES);
+        let outbox = Outbox {
+            frames: sender,
+            shared: self.shared.clone(),
+        };
+        (outbox, frames)
     }
 
     fn read(&self, stream: &UnixStream) -> io::Result<()> {
@@ -384,28 +386,26 @@ impl WorkerLink {
     /// If the thread cannot be started.
     pub fn open(socket: PathBuf, hello: Hello, mut on_arena: OnArena) -> io::Result<Self> {
         let shared = Shared::new();
-        let thread = std::thread::Builder::new()
-            .name("greenroom-arena".into())
-            .spawn({
-                let shared = shared.clone();
-                move || {
-                    let (mut pause, mut attached, mut last) = (RETRY_MIN, None, String::new());
-                    loop {
-                        match attend(&shared, &socket, &hello, &mut attached, &mut on_arena) {
-                            Ok(()) => (pause, last) = (RETRY_MIN, String::new()),
-                            Err(error) if error.to_string() != last => {
-                                last = error.to_string();
-                                tracing::info!(socket = %socket.display(), %error, "no arena yet");
-                            }
-                            Err(_) => {}
+        let thread = Builder::new().name("greenroom-arena".into()).spawn({
+            let shared = shared.clone();
+            move || {
+                let (mut pause, mut attached, mut last) = (RETRY_MIN, None, String::new());
+                loop {
+                    match attend(&shared, &socket, &hello, &mut attached, &mut on_arena) {
+                        Ok(()) => (pause, last) = (RETRY_MIN, String::new()),
+                        Err(error) if error.to_string() != last => {
+                            last = error.to_string();
+                            tracing::info!(socket = %socket.display(), %error, "no arena yet");
                         }
-                        if shared.pause(pause) {
-                            return;
-                        }
-                        pause = (pause * 2).min(RETRY_MAX);
+                        Err(_) => {}
                     }
+                    if shared.pause(pause) {
+                        return;
+                    }
+                    pause = (pause * 2).min(RETRY_MAX);
                 }
-            })?;
+            }
+        })?;
         Ok(Self {
             shared,
             thread: Some(thread),
@@ -470,3 +470,6 @@ fn attend(
         Err(_) => Ok(()),
     }
 }
+
+#[cfg(all(test, feature = "models"))]
+mod models;

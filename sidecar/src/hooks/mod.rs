@@ -213,12 +213,17 @@ impl SchedulerHooks {
             gpu_blocks: config.gpu_blocks,
         };
         let link = SchedulerLink::open(config.socket.clone(), hello, waker)?;
+        Ok(Self::over(link, config))
+    }
+
+    /// Hooks over a link, with a configuration that has been checked.
+    pub(crate) fn over(link: SchedulerLink, config: HooksConfig) -> Self {
         let limits = WatchLimits {
             chunk: chunk_blocks(config.rank_bytes),
             hold_ratio: config.hold_ratio,
             prefetch: config.prefetch,
         };
-        Ok(Self {
+        Self {
             config,
             link,
             seen: 0,
@@ -236,7 +241,7 @@ impl SchedulerHooks {
             figures: Figures::default(),
             figures_sent: None,
             totals: HookFigures::default(),
-        })
+        }
     }
 
     /// Closes the namespace: `material` is everything besides the block hash that decides a block's bytes.
