@@ -18,6 +18,14 @@ UV := $(TOOLS)/bin/uv
 REQUIREMENTS := tests/python/requirements
 BUILT := $(or $(CARGO_TARGET_DIR),target)
 CARGO_TEST = $(if $(shell cargo nextest --version 2>/dev/null),cargo nextest run,cargo test) $(CARGO_FLAGS)
+# AddressSanitizer needs a nightly toolchain, fuzzing itself does not.
+NIGHTLY = $(firstword $(shell rustup toolchain list 2>/dev/null | grep -o '^nightly[^ ]*'))
+CARGO_FUZZ_VERSION := 0.13.2
+CARGO_FUZZ := $(BUILT)/tools/cargo-fuzz-$(CARGO_FUZZ_VERSION)/bin/cargo-fuzz
+FUZZ_TARGETS ?= frames plan bodies config machine
+# Of fuzzing, for each target.
+SECONDS ?= 20
+SANITIZER ?= $(if $(NIGHTLY),address,none)
 # vLLM 0.32 wants Python 3.11 or newer; uv takes one from the machine or fetches it.
 VLLM_PYTHON := >=3.11,<3.15
 export UV_NO_PROGRESS := 1
@@ -89,6 +97,18 @@ check-harness: $(TOOLS)/.ready .venv/.ready ## random agents on vLLM's real sche
 	rm -rf target/site-faults
 	$(UV) pip install --quiet --no-deps --python .venv --target target/site-faults target/wheels-faults/greenroom-*.whl
 	PYTHONPATH=target/site-faults:tests/python GREENROOM_COMMAND=target/site-faults/bin/greenroom .venv/bin/python -m pytest tests/python/harness $(PYTEST_FLAGS)
+
+.PHONY: fuzz
+fuzz: $(CARGO_FUZZ) ## libFuzzer on everything that strangers send, SECONDS=20 on each of FUZZ_TARGETS
+	for target in $(FUZZ_TARGETS); do \
+	  mkdir -p $(BUILT)/fuzz/found/$$target; \
+	  $(if $(filter none,$(SANITIZER)),,RUSTUP_TOOLCHAIN=$(NIGHTLY)) $< run --fuzz-dir tests/fuzz --target-dir $(BUILT)/fuzz --sanitizer $(SANITIZER) \
+	    $$target $(BUILT)/fuzz/found/$$target tests/fuzz/corpus/$$target -- \
+	    -max_total_time=$(SECONDS) -max_len=8192 -timeout=5 -rss_limit_mb=1024 -print_final_stats=1 || exit 1; \
+	done
+
+$(CARGO_FUZZ):
+	cargo install --quiet --locked --root $(dir $@)/.. cargo-fuzz --version $(CARGO_FUZZ_VERSION)
 
 .PHONY: gpu-check
 gpu-check: ## the tests that need a GPU (fails with REQUIRE_GPU=1 where they cannot run)

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod api;
+mod corpus;
 mod engine_socket;
 mod hooks;
 mod no_syscall;

@@ -12,6 +12,7 @@
 
 pub mod child;
 pub mod engine;
+pub mod fuzz;
 pub mod pool;
 pub mod random;
 pub mod reference;

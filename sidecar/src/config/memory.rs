@@ -45,7 +45,10 @@ impl Memory {
     }
 
     /// Reads the figures below `root`, so that tests can bring their own machine.
-    fn read(root: &Path) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// As [`Self::probe`].
+    pub fn read(root: &Path) -> io::Result<Self> {
         let meminfo = fs::read_to_string(root.join("proc/meminfo"))?;
         let machine_free = kib_line(&meminfo, "MemAvailable:").ok_or_else(|| {
             io::Error::new(
