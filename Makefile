@@ -20,12 +20,15 @@ BUILT := $(or $(CARGO_TARGET_DIR),target)
 CARGO_TEST = $(if $(shell cargo nextest --version 2>/dev/null),cargo nextest run,cargo test) $(CARGO_FLAGS)
 # AddressSanitizer needs a nightly toolchain, fuzzing itself does not.
 NIGHTLY = $(firstword $(shell rustup toolchain list 2>/dev/null | grep -o '^nightly[^ ]*'))
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 CARGO_FUZZ_VERSION := 0.13.2
 CARGO_FUZZ := $(BUILT)/tools/cargo-fuzz-$(CARGO_FUZZ_VERSION)/bin/cargo-fuzz
 FUZZ_TARGETS ?= frames plan bodies config machine
 # Of fuzzing, for each target.
 SECONDS ?= 20
 SANITIZER ?= $(if $(NIGHTLY),address,none)
+# Left out: valgrind shows a process maps of its own making, and one test reads them.
+UNSAFE_TESTS := arena device host conformance thread --skip forked_children
 # vLLM 0.32 wants Python 3.11 or newer; uv takes one from the machine or fetches it.
 VLLM_PYTHON := >=3.11,<3.15
 export UV_NO_PROGRESS := 1
@@ -97,6 +100,15 @@ check-harness: $(TOOLS)/.ready .venv/.ready ## random agents on vLLM's real sche
 	rm -rf target/site-faults
 	$(UV) pip install --quiet --no-deps --python .venv --target target/site-faults target/wheels-faults/greenroom-*.whl
 	PYTHONPATH=target/site-faults:tests/python GREENROOM_COMMAND=target/site-faults/bin/greenroom .venv/bin/python -m pytest tests/python/harness $(PYTEST_FLAGS)
+
+.PHONY: check-memory
+check-memory: ## the files with `unsafe` under valgrind, and under AddressSanitizer if there is a nightly toolchain
+	env $(shell echo CARGO_TARGET_$(HOST)_RUNNER | tr a-z- A-Z_)='valgrind --quiet --error-exitcode=9' \
+	  cargo test $(CARGO_FLAGS) -p greenroom-kvstore -p greenroom-cuda --lib -- $(UNSAFE_TESTS)
+ifneq ($(NIGHTLY),)
+	RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=$(BUILT)/sanitize-address \
+	  cargo +$(NIGHTLY) test $(CARGO_FLAGS) --target $(HOST) -p greenroom-kvstore -p greenroom-cuda --lib
+endif
 
 .PHONY: fuzz
 fuzz: $(CARGO_FUZZ) ## libFuzzer on everything that strangers send, SECONDS=20 on each of FUZZ_TARGETS
