@@ -69,8 +69,7 @@ def _child(folder: Path) -> None:
     driver.stand_in_get.restype = ctypes.c_int64
     mover = Mover(engine(folder), 0, memory(driver.stand_in_alloc(ctypes.c_size_t(BLOCK * BLOCKS))))
     before = driver.stand_in_get(b"streams")
-    mover.begin_step(b"", 0)
-    mover.end_step(0)
+    mover.step(b"", 0)
     mover.close()
     print(f"streams {before}, then {driver.stand_in_get(b'streams')}")
 
