@@ -34,7 +34,7 @@ fn stderr(output: &Output) -> String {
 /// A running `greenroom serve`; killed when dropped.
 struct Serving {
     process: Child,
-    /// Kept open: a closed pipe would make the log fail.
+    /// Read to its end: the log ends with the process.
     log: BufReader<ChildStderr>,
     folder: tempfile::TempDir,
 }
@@ -220,6 +220,40 @@ fn a_token_is_read_from_its_file_on_both_sides() {
     let missing = greenroom(&["serve", "--listen", &address, "--token-file", "/nowhere"]);
     assert_eq!(code(&missing), Some(2), "{missing:?}");
     drop(serving);
+}
+
+/// Lines are lost, and nothing else is.
+#[test]
+fn a_log_on_a_full_disk_ends_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let address = free_address();
+    let full = std::fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    let mut serving = Command::new(env!("CARGO_BIN_EXE_greenroom"))
+        .args(["serve", "--memory", "1MiB", "--log", "trace", "--listen"])
+        .args([&address, "--socket"])
+        .arg(folder.path().join("s"))
+        .stdin(Stdio::null())
+        .stderr(full)
+        .spawn()
+        .unwrap();
+    let url = format!("http://{address}");
+    let told = |arguments: &[&str]| {
+        let (command, rest) = arguments.split_first().unwrap();
+        code(&greenroom(&[&[*command, "--url", &url], rest].concat()))
+    };
+    while told(&["status"]) != Some(0) && serving.try_wait().unwrap().is_none() {}
+    let answers = [
+        told(&["hint", "a", "tool-start", "bash"]),
+        told(&["sessions"]),
+    ];
+    let pid = Pid::from_raw(i32::try_from(serving.id()).unwrap()).unwrap();
+    // Gone already is a failure, too.
+    drop(kill_process(pid, Signal::TERM));
+    assert_eq!(serving.wait().unwrap().code(), Some(0));
+    assert_eq!(answers, [Some(0), Some(0)]);
 }
 
 #[test]

@@ -126,7 +126,9 @@ fn start_log(config: &Config) {
     let filter = EnvFilter::new(&config.log);
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr);
+        .with_writer(io::stderr)
+        // A line that cannot be written (the disk is full, the pipe closed) is lost. Saying so would fail too, and panic.
+        .log_internal_errors(false);
     let started = match config.log_format {
         LogFormat::Text => log.try_init(),
         LogFormat::Json => log.json().try_init(),
