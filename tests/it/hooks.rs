@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use greenroom_tests::engine::{Engine, chain};
+use greenroom_tests::engine::{Engine, Options, chain};
 use greenroom_tests::sidecar::{Sidecar, until};
 use serde_json::json;
 use sidecar::hooks::{GpuPool, StepMode};
@@ -177,6 +177,23 @@ fn a_reset_means_it() {
     assert!(engine.pool.reset());
     engine.hooks.reset();
     engine.settle();
+    assert_eq!(engine.turn(Some("a"), &mine).computed, 40);
+}
+
+/// Weights may be updated before anybody has asked for anything: what was saved for the files on disk is of others.
+#[test]
+fn a_reset_before_the_first_request_means_it_too() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mine = session(40, 1);
+    let mut engine = Engine::start(&sidecar, "before", 100);
+    engine.turn(Some("a"), &mine);
+    saved(&mut engine, &sidecar, "a", BLOCKS);
+    drop(engine);
+    let options = Options {
+        reset: true,
+        ..Options::default()
+    };
+    let mut engine = Engine::connect(sidecar.socket(), "after", 100, options);
     assert_eq!(engine.turn(Some("a"), &mine).computed, 40);
 }
 

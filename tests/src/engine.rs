@@ -90,6 +90,8 @@ pub struct Options<'a> {
     pub prefetch: Prefetch,
     /// How long a request waits for the sidecar's answer.
     pub lookup_wait: Duration,
+    /// Whether its cache is reset before its first request.
+    pub reset: bool,
 }
 
 impl Default for Options<'_> {
@@ -98,6 +100,7 @@ impl Default for Options<'_> {
             material: b"weights",
             prefetch: Prefetch::On,
             lookup_wait: Duration::from_secs(5),
+            reset: false,
         }
     }
 }
@@ -152,6 +155,9 @@ impl Engine {
         };
         let workers = Workers::start(&config, LAYERS);
         let mut hooks = SchedulerHooks::connect(config, Box::new(|| {})).unwrap();
+        if options.reset {
+            hooks.reset();
+        }
         hooks.open_namespace(options.material);
         let mut this = Self {
             hooks,
