@@ -95,11 +95,14 @@ check-python: $(TOOLS)/.ready ## the native module against its stub, the Python 
 	$(TOOLS)/bin/python -m pytest tests/python -m "not vllm" $(PYTEST_FLAGS)
 
 .PHONY: check-harness
-check-harness: $(TOOLS)/.ready .venv/.ready ## random agents on vLLM's real schedulers, with faults (GREENROOM_TURNS=100000: the long run)
+check-harness: faults-wheel ## random agents on vLLM's real schedulers, with faults (GREENROOM_TURNS=100000: the long run)
+	PYTHONPATH=target/site-faults:tests/python GREENROOM_COMMAND=target/site-faults/bin/greenroom .venv/bin/python -m pytest tests/python/harness $(PYTEST_FLAGS)
+
+.PHONY: faults-wheel
+faults-wheel: $(TOOLS)/.ready .venv/.ready ## the build with fault points, unpacked in target/site-faults
 	$(call build-wheel,--profile faults --features faults,faults,target/wheels-faults)
 	rm -rf target/site-faults
 	$(UV) pip install --quiet --no-deps --python .venv --target target/site-faults target/wheels-faults/greenroom-*.whl
-	PYTHONPATH=target/site-faults:tests/python GREENROOM_COMMAND=target/site-faults/bin/greenroom .venv/bin/python -m pytest tests/python/harness $(PYTEST_FLAGS)
 
 .PHONY: check-memory
 check-memory: ## the files with `unsafe` under valgrind, and under AddressSanitizer if there is a nightly toolchain
@@ -121,6 +124,17 @@ fuzz: $(CARGO_FUZZ) ## libFuzzer on everything that strangers send, SECONDS=20 o
 
 $(CARGO_FUZZ):
 	cargo install --quiet --locked --root $(dir $@)/.. cargo-fuzz --version $(CARGO_FUZZ_VERSION)
+
+# ROUNDS=, MINUTES= and SEED= are handed on where they are given.
+campaign-flags = $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
+
+.PHONY: faults
+faults: install faults-wheel ## real servers killed, stopped and starved in random order (≤ 40 minutes; ROUNDS=, MINUTES=, SEED=)
+	PYTHONPATH=tests/python .venv/bin/python -m campaign faults $(campaign-flags)
+
+.PHONY: soak
+soak: install faults-wheel ## the same for long: memory, descriptors, slots and latency over time, and a verdict (MINUTES=60, SEED=)
+	PYTHONPATH=tests/python .venv/bin/python -m campaign soak $(campaign-flags)
 
 .PHONY: gpu-check
 gpu-check: ## the tests that need a GPU (fails with REQUIRE_GPU=1 where they cannot run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,10 @@ class Audit:
     problems: list[str] = dataclasses.field(default_factory=list)
     spans: dict[tuple[str, int], tuple[float, float]] = dataclasses.field(default_factory=dict)
     """When each job of each engine was planned and when it was reported: never, if the engine died first."""
+    open: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+    """Jobs that have been planned and not been reported."""
+    saved_by_boot: Counter[int] = dataclasses.field(default_factory=Counter)
+    """Blocks saved to each start of a sidecar."""
 
     def turn(self, name: str) -> Turn:
         """The only request whose id contains `name` between dashes, as vLLM makes it of `X-Request-Id`."""
@@ -62,7 +67,13 @@ class Audit:
 
     def running(self, at: float | None = None) -> int:
         """Jobs that had been planned and not been reported at that time, or up to now."""
-        return sum(end == math.inf if at is None else start <= at < end for start, end in self.spans.values())
+        if at is None:
+            return len(self.open)
+        return sum(start <= at < end for start, end in self.spans.values())
+
+    def bury(self) -> None:
+        """The engine is dead: what it had not reported will never be."""
+        self.open.clear()
 
     def count(self, kind: str) -> int:
         """Blocks that loads of this kind brought back."""
@@ -105,6 +116,7 @@ class _Judge:
         elif event == "planned":
             slots = [(record["boot"], slot) for slot in record["slots"]]
             self.audit.spans[name] = (at, math.inf)
+            self.audit.open.add(name)
             self.jobs[name] = _Job(record["kind"], slots, record["hashes"], record["ranks"])
             if record["kind"] == "save":
                 for slot in slots:
@@ -124,6 +136,7 @@ class _Judge:
     def _ended(self, name: tuple[str, int], at: float, job: _Job) -> None:
         """The last rank has reported."""
         self.audit.spans[name] = (self.audit.spans[name][0], at)
+        self.audit.open.discard(name)
         if job.kind != "prefetch" or not job.ok:
             # A prefetch that ended well is published afterwards.
             del self.jobs[name]
@@ -137,6 +150,7 @@ class _Judge:
             for slot, block_hash, digest in zip(job.slots, job.hashes, _whole(job.saving), strict=True):
                 self.content[slot] = Saved(block_hash, digest)
             self.audit.saved_blocks += len(job.slots)
+            self.audit.saved_by_boot.update(boot for boot, _ in job.slots)
         else:
             job.found = [self.content.get(slot) for slot in job.slots]
             for slot, digest, found in zip(job.slots, _whole(job.ended), job.found, strict=True):

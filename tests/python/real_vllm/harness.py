@@ -17,9 +17,9 @@ NEAR_TIE = 1e-5
 TURN_S = 180
 
 
-def hints(sidecar: Sidecar, message_id: str, *actions: tuple[str, str]) -> list[dict[str, Any]]:
-    """Sends an envelope of (action type, session); the results, in the order of the actions."""
-    envelope = {
+def envelope(message_id: str, *actions: tuple[str, str]) -> dict[str, Any]:
+    """A message of (action type, session)."""
+    return {
         "protocol_version": "1.0",
         "message_id": message_id,
         "actions": [
@@ -32,7 +32,11 @@ def hints(sidecar: Sidecar, message_id: str, *actions: tuple[str, str]) -> list[
             for number, (kind, session) in enumerate(actions)
         ],
     }
-    answer = sidecar.post("/v1/hints", envelope)
+
+
+def hints(sidecar: Sidecar, message_id: str, *actions: tuple[str, str]) -> list[dict[str, Any]]:
+    """Sends an envelope of (action type, session); the results, in the order of the actions."""
+    answer = sidecar.post("/v1/hints", envelope(message_id, *actions))
     assert answer["message_id"] == message_id
     results: list[dict[str, Any]] = answer["results"]
     assert [result["action_id"] for result in results] == [f"{message_id}/{n}" for n in range(len(actions))]

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from support.servers import Rig, Say, VllmConfig, VllmServer, rig, silent
+from support.servers import Rig, Say, Sidecar, VllmConfig, VllmServer, rig, silent
 
 ALIVE_MAX = 2
 """Engines that run at the same time; each takes about 1.5 GiB and, while it computes, every core."""
@@ -32,14 +32,14 @@ class Engines:
         server: VllmServer = self._get(("plain", config), start)
         return server
 
-    def greenroom(self, config: VllmConfig, memory: str = "1GiB", **extra: Any) -> Rig:
-        """vLLM with Greenroom and a sidecar of its own."""
+    def greenroom(self, config: VllmConfig, memory: str = "1GiB", kind: type[Sidecar] = Sidecar, **extra: Any) -> Rig:
+        """vLLM with Greenroom and a sidecar of its own, of this kind."""
 
         def start(stack: contextlib.ExitStack) -> tuple[Rig, VllmServer]:
-            made = stack.enter_context(rig(config, memory, self._say, f"greenroom-{config.version}", **extra))
+            made = stack.enter_context(rig(config, memory, self._say, f"greenroom-{config.version}", kind, **extra))
             return made, made.vllm
 
-        shared: Rig = self._get(("greenroom", config, memory, tuple(sorted(extra.items()))), start)
+        shared: Rig = self._get(("greenroom", config, memory, kind, tuple(sorted(extra.items()))), start)
         return shared
 
     def _get(self, key: Any, start: Callable[[contextlib.ExitStack], tuple[Any, VllmServer]]) -> Any:

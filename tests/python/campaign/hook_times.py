@@ -1,0 +1,58 @@
+"""What engines have written about their hooks while they ran; see `connector`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from support.paths import LOGS
+
+HOOK_TIMES = LOGS / f"hook-times-{os.getpid()}.jsonl"
+"""All engines of this run write here."""
+
+
+class HookTimes:
+    """What the engines have written about their hooks; see `connector`."""
+
+    def __init__(self, path: Path = HOOK_TIMES) -> None:
+        self._path = path
+        self._offset = 0
+        self.calls = 0
+        self.slow: list[tuple[str, float, float, bool]] = []
+        """Hook, wall and processor time in microseconds, whether other processes took the processor meanwhile."""
+        self.waits: list[tuple[float, float]] = []
+        """When it was written, and the milliseconds that a request was kept waiting."""
+
+    def read(self) -> HookTimes:
+        """Takes in what is new. A line that is not complete yet is left for the next time."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                new = file.read()
+            new = new[: new.rfind(b"\n") + 1]
+            self._offset += len(new)
+            for line in map(json.loads, new.splitlines()):
+                self.calls += line["calls"]
+                self.slow += map(tuple, line["slow"])
+                self.waits += [(line["at"], wait) for wait in line["waits_ms"]]
+        return self
+
+    def own_us(self, share: float) -> float:
+        """Microseconds that only this share of the calls took longer than, of those that nobody else's process held up.
+
+        A hook that waits is seen: it gives the processor away by itself. 0 if that is less than is written down.
+        """
+        return tail([wall for _, wall, _, taken in self.slow if not taken], self.calls, share)
+
+    def all_us(self, share: float) -> float:
+        """The same of all calls: on a busy machine, how busy it is."""
+        return tail([wall for _, wall, _, _ in self.slow], self.calls, share)
+
+
+def tail(longest: Sequence[float], total: int, share: float) -> float:
+    """The value that this share of `total` values exceeds, of which only the longest are known; 0 for the others."""
+    ranked = sorted(longest, reverse=True)
+    place = int(total * share)
+    return ranked[place] if place < len(ranked) else 0.0
