@@ -105,7 +105,7 @@ faults-wheel: $(TOOLS)/.ready .venv/.ready ## the build with fault points, unpac
 	$(UV) pip install --quiet --no-deps --python .venv --target target/site-faults target/wheels-faults/greenroom-*.whl
 
 .PHONY: check-memory
-check-memory: ## the files with `unsafe` under valgrind, and under AddressSanitizer if there is a nightly toolchain
+check-memory: ## the arena and the host copies under valgrind, and under AddressSanitizer if there is a nightly toolchain
 	env $(shell echo CARGO_TARGET_$(HOST)_RUNNER | tr a-z- A-Z_)='valgrind --quiet --error-exitcode=9' \
 	  cargo test $(CARGO_FLAGS) -p greenroom-kvstore -p greenroom-cuda --lib -- $(UNSAFE_TESTS)
 ifneq ($(NIGHTLY),)
