@@ -11,14 +11,20 @@ use cuda::{
 
 use crate::rig::{ARENA, CONTEXT, Engine, Factory, Setup, arena, job, take, until};
 
-/// Runs `call` on another thread, lets the copies go only when it has had time to return too early, and says whether it did.
-fn returned_early(call: impl FnOnce() + Send, let_go: impl FnOnce()) -> bool {
+/// Runs `call` on another thread, lets the copies go only when it has `begun` and had time to return too early, and says
+/// whether it did.
+fn returned_early(
+    call: impl FnOnce() + Send,
+    begun: impl FnMut() -> bool,
+    let_go: impl FnOnce(),
+) -> bool {
     let returned = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             call();
             returned.store(true, Ordering::SeqCst);
         });
+        until("the call has begun", begun);
         for _ in 0..1000 {
             std::thread::yield_now();
         }
@@ -40,15 +46,19 @@ fn a_fence_waits_for_what_is_on_the_stream() {
                 driver.get("cuMemcpyHtoDAsync_v2") + driver.get("cuMemcpyDtoHAsync_v2") == 2
                     || driver.get("cuMemcpyBatchAsync") == 2
             });
+            // The driver has none of this one: it ends as soon as the fence has cancelled it.
+            setup.submit(2, kind, 9..10, ComputeMark::NONE);
             let fence = || {
-                setup.thread.fence(&[JobId(1)]);
+                setup.thread.fence(&[JobId(1), JobId(2)]);
                 setup.sides.poison(kind, 0..8);
             };
-            let early = returned_early(fence, || driver.set("held", 0));
+            let begun = || setup.thread.in_flight() == 1;
+            let early = returned_early(fence, begun, || driver.set("held", 0));
             assert!(!early, "{kind:?} by {method:?}: the fence did not wait");
-            assert_eq!(setup.ends(), [(1, Outcome::Cancelled)]);
+            let cancelled = Outcome::Cancelled;
+            assert_eq!(setup.ends(), [(1, cancelled.clone()), (2, cancelled)]);
             // Whatever is still to come comes before this one's end.
-            setup.submit(2, kind, 8..9, ComputeMark::NONE);
+            setup.submit(3, kind, 8..9, ComputeMark::NONE);
             setup.thread.wait_idle();
             let intact = setup.sides.is_poisoned(kind, 0..8);
             assert!(intact, "{kind:?} by {method:?}: a late copy");
@@ -63,17 +73,23 @@ fn a_fence_waits_for_copies_that_wait_for_compute() {
     let setup = Setup::new(&driver, CopyMethod::Auto);
     driver.launch(0);
     let mark = setup.marker.mark(0).unwrap();
-    setup.submit(1, CopyKind::Save, 0..1, mark);
-    until("a part at the driver", || {
-        driver.get("cuMemcpyDtoHAsync_v2") == 1
+    for id in 1..=3 {
+        let block = id as u32 - 1;
+        setup.submit(id, CopyKind::Save, block..block + 1, mark);
+    }
+    until("two parts at the driver", || {
+        driver.get("cuMemcpyDtoHAsync_v2") == 2
     });
     assert_eq!(driver.get("copies"), 0, "it began before its mark");
+    // The driver has none of the third: it ends as soon as the fence has cancelled it.
     let fence = || {
-        setup.thread.fence(&[JobId(1)]);
+        setup.thread.fence(&[JobId(1), JobId(3)]);
         setup.sides.poison(CopyKind::Save, 0..1);
     };
-    assert!(!returned_early(fence, || driver.finish()));
-    assert_eq!(driver.get("copies"), 1);
+    let begun = || setup.thread.in_flight() == 2;
+    assert!(!returned_early(fence, begun, || driver.finish()));
+    setup.thread.wait_idle();
+    assert_eq!(driver.get("copies"), 2);
     assert!(setup.sides.is_poisoned(CopyKind::Save, 0..1));
 }
 
@@ -91,7 +107,13 @@ fn dropping_the_thread_waits() {
     until("two parts at the driver", || {
         driver.get("cuMemcpyDtoHAsync_v2") == 2
     });
-    assert!(!returned_early(|| drop(thread), || driver.set("held", 0)));
+    // Nothing shows from outside that a drop has begun.
+    let begun = || true;
+    assert!(!returned_early(
+        || drop(thread),
+        begun,
+        || driver.set("held", 0)
+    ));
     assert_eq!(Arc::strong_count(&sides.map), 1, "the mapping is let go");
     assert_eq!(driver.get("registered"), 0);
 }
@@ -139,7 +161,8 @@ fn dropping_the_engine_waits_for_its_streams() {
         assert_eq!(driver.call("cuCtxPushCurrent_v2", CONTEXT), 0);
         drop(engine);
     };
-    assert!(!returned_early(drop_it, || driver.finish()));
+    let begun = || true;
+    assert!(!returned_early(drop_it, begun, || driver.finish()));
     assert_eq!(driver.get("copies"), 2, "both had been accepted");
     assert_eq!(Arc::strong_count(&map), 1);
     drop(marker);
