@@ -643,6 +643,27 @@ fn without_prefetch_a_hint_is_answered_by_the_engine() {
     assert_eq!(engine.pool.leading(&mine), 0);
 }
 
+/// Of a reserve that stays high, neither saves nor the fetches that wait for them may hang.
+#[test]
+fn what_is_saved_under_a_high_reserve_is_saved_in_parts() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let mine = session(40, 1);
+    engine.turn(Some("a"), &mine);
+    saved(&mut engine, &sidecar, "a", BLOCKS);
+    evict(&mut engine, &mine);
+    engine.settle();
+    engine.turn(Some("b"), &session(40, 2));
+    engine.reserve = 90;
+    sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
+    sidecar.post("/v1/sessions/a/tool_end", &json!({}));
+    saved(&mut engine, &sidecar, "b", BLOCKS);
+    until("what there is room for is back", || {
+        engine.step();
+        engine.pool.leading(&mine) > 0
+    });
+}
+
 #[test]
 fn a_fetch_does_not_evict_what_is_still_to_be_saved() {
     let sidecar = Sidecar::start(MEMORY);

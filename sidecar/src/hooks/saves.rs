@@ -39,8 +39,8 @@ pub(super) struct SavedBlock {
 pub(super) enum Shipment {
     /// All blocks are there; those marked `ours` have just been referenced.
     Ready(Vec<SavedBlock>),
-    /// Referencing the free ones now would cut into the reserve.
-    Later,
+    /// Referencing the free ones now would cut into the reserve; that of the first so many entries would not.
+    TooMany(usize),
     /// Some blocks are gone from the pool; these are still there.
     Gone(Vec<BlockHash>),
 }
@@ -51,6 +51,8 @@ pub(super) struct Saves {
     queue: VecDeque<BlockHash>,
     asked: VecDeque<(u64, Vec<BlockHash>)>,
     granted: VecDeque<Grant>,
+    /// Most blocks to ask for at once, after a grant was too large for the room there is.
+    narrow: Option<usize>,
 }
 
 impl Saves {
@@ -61,16 +63,25 @@ impl Saves {
         self.queue.drain(..excess);
     }
 
-    /// The next blocks to reserve slots for, unless enough is under way.
-    pub(super) fn next_batch(&mut self, blocks_max: usize) -> Option<Vec<BlockHash>> {
+    /// The next blocks to reserve slots for, unless enough is under way. With room for a whole batch (`blocks_max`) again,
+    /// it is one.
+    pub(super) fn next_batch(&mut self, blocks_max: usize, room: usize) -> Option<Vec<BlockHash>> {
         if self.queue.is_empty() || self.asked.len() + self.granted.len() >= OUTSTANDING_MAX {
             return None;
         }
-        Some(
-            self.queue
-                .drain(..blocks_max.min(self.queue.len()))
-                .collect(),
-        )
+        self.narrow = self.narrow.filter(|_| room < blocks_max);
+        let batch = self.narrow.unwrap_or(blocks_max).min(self.queue.len());
+        Some(self.queue.drain(..batch).collect())
+    }
+
+    /// Queues the blocks of a grant for which there is no room again, as the next ones, to be asked for in parts that
+    /// fit. They must not wait for room as a whole: under a reserve that stays high it may never come, and fetches, which
+    /// do not evict what is still to be saved, would wait with them.
+    pub(super) fn again_in_parts(&mut self, grant: Grant, fit: usize) {
+        self.narrow = Some(fit);
+        for (hash, _) in grant.entries.into_iter().rev() {
+            self.queue.push_front(hash);
+        }
     }
 
     /// Whether any of these blocks waits to be saved.
@@ -164,15 +175,12 @@ pub(super) fn prepare(grant: &Grant, pool: &mut dyn GpuPool, room: usize) -> Shi
     }
     let blocks: Vec<GpuBlock> = found.into_iter().flatten().collect();
     let uses = pool.uses(&blocks);
-    let idle: Vec<GpuBlock> = blocks
-        .iter()
-        .zip(&uses)
-        .filter(|(_, u)| !u.referenced)
-        .map(|(b, _)| *b)
-        .collect();
-    if idle.len() > room {
-        return Shipment::Later;
+    let idle_at = (0..blocks.len()).filter(|i| !uses[*i].referenced);
+    let idle_at: Vec<usize> = idle_at.collect();
+    if let Some(first_beyond) = idle_at.get(room) {
+        return Shipment::TooMany(*first_beyond);
     }
+    let idle: Vec<GpuBlock> = idle_at.into_iter().map(|i| blocks[i]).collect();
     pool.reference(&idle);
     let saved = hashes.iter().zip(&blocks).zip(&uses);
     Shipment::Ready(

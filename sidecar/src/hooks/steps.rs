@@ -78,9 +78,16 @@ impl SchedulerHooks {
                         &pairs,
                     );
                 }
-                Shipment::Later => {
+                Shipment::TooMany(0) => {
                     self.saves.unpop_grant(grant);
                     break;
+                }
+                Shipment::TooMany(fit) => {
+                    self.send(&ToSidecar::Settle {
+                        lease: grant.lease,
+                        commit: false,
+                    });
+                    self.saves.again_in_parts(grant, fit);
                 }
                 Shipment::Gone(there) => {
                     self.send(&ToSidecar::Settle {
@@ -91,7 +98,8 @@ impl SchedulerHooks {
                 }
             }
         }
-        while let Some(hashes) = self.saves.next_batch(chunk) {
+        let room = pool.free().saturating_sub(reserve);
+        while let Some(hashes) = self.saves.next_batch(chunk, room) {
             match self.send(&ToSidecar::Reserve {
                 hashes: Hashes(hashes.clone()),
             }) {
