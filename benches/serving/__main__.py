@@ -17,7 +17,7 @@ def arguments() -> argparse.Namespace:
     hint.add_argument("--idle", type=float, default=hint_latency.IDLE_S, help="seconds without a step before a sample")
     hint.set_defaults(seconds=hint_latency.SECONDS, main=hint_latency.main)
     load = names.add_parser("throughput", help="with Greenroom against without it, nothing to reuse")
-    load.add_argument("--rounds", type=int, default=throughput.ROUNDS, help="starts of the three servers")
+    load.add_argument("--rounds", type=int, default=throughput.ROUNDS, help="starts of the two servers")
     load.add_argument("--requests", type=int, default=throughput.REQUESTS, help="requests of one block")
     load.set_defaults(seconds=throughput.SECONDS, main=throughput.main)
     for each in (hint, load):

@@ -1,17 +1,19 @@
 """vLLM's throughput with Greenroom against that without it, where no prompt is ever seen again: Greenroom's whole cost.
 
 A *block* is a fixed batch of requests, a few at once; every block has prompts of its own, so that neither vLLM's prefix
-cache nor Greenroom's arena can help (`cached_tokens` must be 0). A *round* starts three servers anew, two of stock vLLM
-and one with Greenroom, and loads one at a time with some blocks each, in random order: two starts of one server differ
-by more than two blocks of one start. Greenroom's speed over the mean of the other two is one pair; the two stock
-servers, which differ by nothing but chance, are the noise floor.
+cache nor Greenroom's arena can help (`cached_tokens` must be 0). Two starts of one server differ by several per cent,
+by the pages that the kernel happens to give: more than Greenroom costs. So the server with Greenroom and the one
+without are one process, out of which the connector is taken between two blocks (`switched`). A *set* is four blocks in
+random order: one with Greenroom, two without, and one of a stock server that never had a connector. A *round* starts
+both servers anew and makes some sets. Of each set, Greenroom's speed over the mean of the two without is one pair; the
+two, which differ by nothing but chance, are the noise floor; and that mean over the stock server shows, as far as starts
+can be compared, that a server without its connector is a stock one.
 
-All servers compute on the same cores, named outright: left to itself vLLM's CPU build reserves a core for a connector,
+Both servers compute on the same cores, named outright: left to itself vLLM's CPU build reserves a core for a connector,
 and where that leaves none (on two cores) it reserves nothing and computes on all of them, so that the servers would
 differ by far more than by Greenroom. Everything else of theirs (front end, scheduler, copies, the sidecar) runs on the
-last core, or what of it lands on a computing core by chance would be the largest difference between two blocks. And all
-take their memory in 2 MiB pages: which 4 KiB pages the kernel happens to give makes two starts differ by 4 % (with
-large ones by 2 %, both measured with this load on two cores).
+last core, or what of it lands on a computing core by chance would be the largest difference between two blocks. And
+they take their memory in 2 MiB pages: with 4 KiB ones starts differ twice as much.
 
 vLLM's worker spins for a second after its last step and Greenroom saves a little longer: a block begins when all
 servers have come to rest, or it would pay for the block before. What happens after a block's last token is not in its
@@ -26,25 +28,35 @@ import dataclasses
 import os
 import random
 import statistics
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from demo.report import Bar
 from demo.stats import Comparison, compare_pairwise, percentile
-from serving import report
+from serving import IN, OUT, report, state_file
 from serving.report import say
 from support.completions import Ask
 from support.flood import prompt
 from support.process import Process, wait_until
-from support.servers import Sidecar, VllmConfig, VllmServer, compute_cores, greenroom_transfer_config, last_core
+from support.servers import (
+    Connector,
+    Sidecar,
+    VllmConfig,
+    VllmServer,
+    compute_cores,
+    greenroom_transfer_config,
+    last_core,
+)
 
-ROUNDS = 13
-ROUNDS_MIN = 8
-BLOCKS = 3
-"""Of a server in a round, after one that warms it up."""
+ROUNDS = 5
+SETS = 8
+"""Of a round, after one that warms up."""
+SETS_MIN = 30
+"""Valid ones, of all rounds."""
 REQUESTS = 12
 SECONDS = 2400.0
 CONCURRENCY = 4
@@ -63,10 +75,11 @@ IDLE_SHARE_MAX = 0.02
 """Of one core, over a whole block: what a server that is not asked may use."""
 SAVED_SHARE_MIN = 0.95
 SAVED_WAIT_S = 10
-ARMS = ("stock 1", "stock 2", "greenroom")
-FLOOR = ("stock 1", "stock 2")
-RATIO = ("greenroom", "stock")
-
+SWITCH_S = 10
+ARMS = ("without 1", "without 2", "greenroom", "stock")
+FLOOR = ("without 1", "without 2")
+RATIO = ("greenroom", "without")
+STARTS = ("without", "stock")
 
 CONFIG = VllmConfig(
     model="demo",
@@ -75,6 +88,9 @@ CONFIG = VllmConfig(
     dev_mode=False,
     env=(("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),),
 )
+SWITCHED = Connector("SwitchedConnector", "serving.switched")
+ROLES = {"scheduler": "EngineCore", "worker": "Worker"}
+"""Of the connector, and the titles of their processes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +99,22 @@ class Block:
 
     arm: str
     round: int
+    set: int
     tokens_s: float
     seconds: float
     cpu_s: float
     idle_cpu_share: float
     cached_tokens: int
     saved_share: float | None
+    known: int
+    """Its sessions that the sidecar has heard of."""
     problem: str | None = None
 
 
 class Side:
-    """One of the servers, with the processes that serve it."""
+    """A server, with the processes that serve it."""
 
-    def __init__(self, vllm: VllmServer, sidecar: Sidecar | None) -> None:
+    def __init__(self, vllm: VllmServer, sidecar: Sidecar | None = None) -> None:
         self.vllm = vllm
         self.sidecar = sidecar
 
@@ -123,9 +142,30 @@ class Side:
 
         wait_until("a server at rest", rests, REST_WAIT_S, poll_s=0)
 
+
+class Switched(Side):
+    """The server whose connector can be taken out, and its sidecar."""
+
+    def __init__(self, vllm: VllmServer, sidecar: Sidecar, path: str) -> None:
+        super().__init__(vllm, sidecar)
+        self._sidecar = sidecar
+        self._files = {state_file(path, role): title for role, title in ROLES.items()}
+
+    def switch(self, with_connector: bool) -> None:
+        """At rest: see `switched`."""
+        for file, title in self._files.items():
+            file.write_text("")
+            self.vllm.signal_member(title, IN if with_connector else OUT)
+        state = "in" if with_connector else "out"
+        wait_until("the switch", lambda: all(file.read_text() == state for file in self._files), SWITCH_S)
+
+    def known(self, asks: Sequence[Ask]) -> list[Any]:
+        """What the sidecar says of the sessions of these turns that it has heard of."""
+        found = [self._sidecar.session(str(ask.session)) for ask in asks]
+        return [one for one in found if one is not None]
+
     def saved(self, asks: Sequence[Ask]) -> float:
         """Share of the full blocks of these turns that got into the arena. Waits for them, but not for ever."""
-        assert self.sidecar is not None
         block = self.vllm.config.block_size
         # The last token is never computed.
         wanted = sum((len(ask.prompt) + ask.max_tokens - 1) // block for ask in asks)
@@ -133,8 +173,7 @@ class Side:
 
         def all_saved() -> bool:
             nonlocal found
-            known = [self.sidecar.session(str(ask.session)) for ask in asks] if self.sidecar else []
-            found = sum(one["blocks"]["host"] for one in known if one is not None)
+            found = sum(one["blocks"]["host"] for one in self.known(asks))
             return found >= wanted
 
         with contextlib.suppress(TimeoutError):
@@ -145,8 +184,9 @@ class Side:
 class Bench:
     """The blocks of a round."""
 
-    def __init__(self, sides: Mapping[str, Side], number: int, options: argparse.Namespace) -> None:
-        self._sides = sides
+    def __init__(self, switched: Switched, stock: Side, number: int, options: argparse.Namespace) -> None:
+        self._switched = switched
+        self._stock = stock
         self._number = number
         self._requests = options.requests
         self._seed = options.seed
@@ -154,35 +194,35 @@ class Bench:
 
     def blocks(self) -> list[Block]:
         """What is only slow once is left out: kernels are chosen, the arena's pages appear."""
-        for arm in ARMS:
-            self._block(arm, "warm-up")
-        order = [(arm, part) for part in range(BLOCKS) for arm in self._rng.sample(ARMS, len(ARMS))]
-        return [self._block(arm, str(part)) for arm, part in order]
+        made = [self._block(arm, number) for number in range(SETS + 1) for arm in self._rng.sample(ARMS, len(ARMS))]
+        return made[len(ARMS) :]
 
-    def _block(self, arm: str, part: str) -> Block:
-        side = self._sides[arm]
-        others = [one for one in self._sides.values() if one is not side]
-        names = [f"{arm}-{self._number}-{part}-{request}".replace(" ", "") for request in range(self._requests)]
+    def _block(self, arm: str, set_: int) -> Block:
+        side, other = (self._stock, self._switched) if arm == "stock" else (self._switched, self._stock)
+        if arm != "stock":
+            self._switched.switch(arm == "greenroom")
+        names = [f"{arm}-{self._number}-{set_}-{request}".replace(" ", "") for request in range(self._requests)]
         asks = [Ask(prompt(name, PROMPT_TOKENS, self._seed), ANSWER_TOKENS, session=name) for name in names]
-        cpu_s, idle_cpu_s = side.cpu_s(), [other.cpu_s() for other in others]
+        cpu_s, idle_cpu_s = side.cpu_s(), other.cpu_s()
         start = time.perf_counter()
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             answers = list(pool.map(side.vllm.ask, asks))
         seconds = time.perf_counter() - start
-        idle = [other.cpu_s() - before for other, before in zip(others, idle_cpu_s, strict=True)]
-        idle_share = max(idle) / seconds
-        saved = side.saved(asks) if side.sidecar else None
+        idle_share = (other.cpu_s() - idle_cpu_s) / seconds
+        saved = self._switched.saved(asks) if arm == "greenroom" else None
         side.rest()
         tokens = sum(answer.prompt_tokens + len(answer.tokens) for answer in answers)
         made = Block(
             arm=arm,
             round=self._number,
+            set=set_,
             tokens_s=tokens / seconds,
             seconds=seconds,
             cpu_s=side.cpu_s() - cpu_s,
             idle_cpu_share=idle_share,
             cached_tokens=sum(answer.cached_tokens for answer in answers),
             saved_share=saved,
+            known=len(self._switched.known(asks)),
         )
         whole = self._requests * (PROMPT_TOKENS + ANSWER_TOKENS)
         return dataclasses.replace(made, problem=problem(made, tokens, whole))
@@ -198,42 +238,42 @@ def problem(block: Block, tokens: int, whole: int) -> str | None:
         return f"another server used {block.idle_cpu_share:.1%} of a core"
     if block.saved_share is not None and block.saved_share < SAVED_SHARE_MIN:
         return f"{block.saved_share:.0%} of its blocks were saved"
+    if block.saved_share is None and block.known:
+        return f"without Greenroom, and it was told of {block.known} of the sessions"
     return None
 
 
-def rounds(blocks: Sequence[Block]) -> list[dict[str, float]]:
-    """Tokens per second of each server, of the rounds in which each has a valid block."""
-    by_round: dict[int, dict[str, list[Block]]] = {}
+def sets(blocks: Sequence[Block]) -> list[dict[str, float]]:
+    """Tokens per second of each arm, of the sets whose blocks are all valid."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
     for block in blocks:
         if block.problem is None:
-            by_round.setdefault(block.round, {}).setdefault(block.arm, []).append(block)
-    return [
-        {arm: statistics.harmonic_mean([block.tokens_s for block in found[arm]]) for arm in ARMS}
-        for _, found in sorted(by_round.items())
-        if len(found) == len(ARMS)
-    ]
+            found.setdefault((block.round, block.set), {})[block.arm] = block.tokens_s
+    return [speeds for _, speeds in sorted(found.items()) if len(speeds) == len(ARMS)]
 
 
 def comparisons(blocks: Sequence[Block], seed: int) -> list[Comparison]:
-    """Greenroom over stock, then stock over stock."""
-    speeds = rounds(blocks)
-    ratio = [(each["greenroom"], statistics.fmean(each[arm] for arm in FLOOR)) for each in speeds]
-    floor = [(each["stock 1"], each["stock 2"]) for each in speeds]
-    return [compare_pairwise(RATIO, ratio, seed), compare_pairwise(FLOOR, floor, seed)]
+    """With over without, without over without, without over stock."""
+    speeds = sets(blocks)
+    without = [statistics.fmean(each[arm] for arm in FLOOR) for each in speeds]
+    ratio = [(each["greenroom"], mean) for each, mean in zip(speeds, without, strict=True)]
+    floor = [(each[FLOOR[0]], each[FLOOR[1]]) for each in speeds]
+    starts = [(mean, each["stock"]) for each, mean in zip(speeds, without, strict=True)]
+    return [compare_pairwise(names, pairs, seed) for names, pairs in ((RATIO, ratio), (FLOOR, floor), (STARTS, starts))]
 
 
 def bars(made: Sequence[Comparison]) -> list[Bar]:
     lower = made[0].ci95[0]
-    return [Bar("greenroom ÷ stock, lower 95 % bound of the throughput ratio", lower, RATIO_MIN, lower >= RATIO_MIN)]
+    return [Bar("greenroom ÷ without, lower 95 % bound of the throughput ratio", lower, RATIO_MIN, lower >= RATIO_MIN)]
 
 
 def reasons(blocks: Sequence[Block]) -> list[str]:
     """Why the run proves nothing; empty if it is valid."""
-    count = len(rounds(blocks))
-    if count >= ROUNDS_MIN:
+    count = len(sets(blocks))
+    if count >= SETS_MIN:
         return []
     problems = sorted({block.problem for block in blocks if block.problem})
-    return [f"{count} valid rounds of {ROUNDS_MIN} wanted" + "".join(f"; {one}" for one in problems[:3])]
+    return [f"{count} valid sets of {SETS_MIN} wanted" + "".join(f"; {one}" for one in problems[:3])]
 
 
 def valid(blocks: Sequence[Block], arm: str) -> list[Block]:
@@ -251,14 +291,14 @@ def table(blocks: Sequence[Block], made: Sequence[Comparison]) -> str:
         )
         lines.append(f"{arm:<12} {speed:>14.1f} {seconds:>6.2f} s {cpu_s:>6.2f} s {len(found):>8} {invalid:>8}")
     lines.append("")
-    for each, label in zip(made, ("", "  (noise floor)"), strict=True):
+    for each, label in zip(made, ("", "  (noise floor)", "  (two starts)"), strict=True):
         interval = f"{each.ci95[0]:.4f} to {each.ci95[1]:.4f}"
         name = f"{each.a} ÷ {each.b}"
-        lines.append(f"{name:<20} P50 ratio {each.p50_ratio:.4f}   95 % {interval}, {each.pairs} rounds{label}")
+        lines.append(f"{name:<22} P50 ratio {each.p50_ratio:.4f}   95 % {interval}, {each.pairs} sets{label}")
     idle = max((block.idle_cpu_share for block in blocks), default=float("nan"))
     saved = min((block.saved_share for block in blocks if block.saved_share is not None), default=float("nan"))
     cached = sum(block.cached_tokens for block in blocks)
-    lines.append(f"the servers that were not asked used at most {idle:.2%} of a core during a block")
+    lines.append(f"the server that was not asked used at most {idle:.2%} of a core during a block")
     lines.append(f"Greenroom saved at least {saved:.1%} of a block's KV; tokens that came from any cache: {cached}")
     return "\n".join(lines)
 
@@ -291,41 +331,44 @@ def measure(options: argparse.Namespace) -> list[Block]:
     longest = 0.0
     while number < options.rounds and time.monotonic() - start + longest <= options.seconds:
         began = time.monotonic()
-        with sides(number) as found:
-            blocks += Bench(found, number, options).blocks()
+        with sides(number) as (switched, stock):
+            blocks += Bench(switched, stock, number, options).blocks()
         longest = max(longest, time.monotonic() - began)
         number += 1
-        last = rounds([block for block in blocks if block.round == number - 1])
-        problems = sorted({block.problem for block in blocks if block.round == number - 1 and block.problem})
-        speeds = " · ".join(f"{arm} {speed:.0f}" for arm, speed in last[0].items()) if last else "; ".join(problems)
+        last = [block for block in blocks if block.round == number - 1]
+        means = {arm: [block.tokens_s for block in last if block.arm == arm] for arm in ARMS}
+        speeds = " · ".join(f"{arm} {statistics.harmonic_mean(found):.0f}" for arm, found in means.items())
+        speeds += "".join(f"; {one}" for one in sorted({block.problem for block in last if block.problem}))
         say(f"  round {number:>2} of {options.rounds}, {time.monotonic() - start:>4.0f} s, tokens/s: {speeds}")
     return blocks
 
 
 @contextlib.contextmanager
-def sides(number: int) -> Iterator[dict[str, Side]]:
-    """The three servers of a round, started at once; who is first, and has the best of the free memory, changes."""
+def sides(number: int) -> Iterator[tuple[Switched, Side]]:
+    """The two servers of a round, started at once; who is first, and has the best of the free memory, changes."""
     with contextlib.ExitStack() as stack:
         sidecar = stack.enter_context(Sidecar(ARENA))
-        ours = VllmServer(CONFIG, greenroom_transfer_config(socket=str(sidecar.socket)), "vLLM with Greenroom")
-        found = {arm: Side(VllmServer(CONFIG, None, f"vLLM alone, {arm}"), None) for arm in FLOOR}
-        found["greenroom"] = Side(ours, sidecar)
-        for turn in range(len(ARMS)):
-            side = found[ARMS[(turn + number) % len(ARMS)]]
+        path = stack.enter_context(tempfile.TemporaryDirectory(prefix="greenroom-")) + "/connector"
+        own = (("PYTHONPATH", str(Path(__file__).parents[1])), ("GREENROOM_SWITCH", path))
+        config = dataclasses.replace(CONFIG, env=CONFIG.env + own)
+        transfer = greenroom_transfer_config(SWITCHED, socket=str(sidecar.socket))
+        switched = Switched(VllmServer(config, transfer, "vLLM with Greenroom"), sidecar, path)
+        stock = Side(VllmServer(CONFIG, None, "vLLM alone"))
+        for side in (switched, stock) if number % 2 == 0 else (stock, switched):
             stack.push(side.vllm.__exit__)
             side.vllm.launch()
-        for side in found.values():
+        for side in (switched, stock):
             side.vllm.wait_ready()
-        for side in found.values():
+        for side in (switched, stock):
             side.settle()
             side.rest()
-        yield found
+        yield switched, stock
 
 
 def main(options: argparse.Namespace) -> int:
     began = time.monotonic()
     facts = report.facts(options.seed, CONFIG.version)
-    say(f"A round, two to three minutes: three servers started anew, {BLOCKS} blocks on each.")
+    say(f"A round, four to five minutes: two servers started anew, {SETS} sets of {len(ARMS)} blocks.")
     say(f"A block: {options.requests} requests of {PROMPT_TOKENS} + {ANSWER_TOKENS} tokens, {CONCURRENCY} at once.")
     blocks = measure(options)
     made = comparisons(blocks, options.seed)
@@ -334,7 +377,7 @@ def main(options: argparse.Namespace) -> int:
         **facts,
         "workload": {
             "model": CONFIG.model,
-            "blocks_in_a_round": BLOCKS,
+            "sets_in_a_round": SETS,
             "requests": options.requests,
             "concurrency": CONCURRENCY,
             "prompt_tokens": PROMPT_TOKENS,
