@@ -6,8 +6,8 @@ by the pages that the kernel happens to give: more than Greenroom costs. So the 
 without are one process, out of which the connector is taken between two blocks (`switched`). A *set* is four blocks in
 random order: one with Greenroom, two without, and one of a stock server that never had a connector. A *round* starts
 both servers anew and makes some sets. Of each set, Greenroom's speed over the mean of the two without is one pair; the
-two, which differ by nothing but chance, are the noise floor; and that mean over the stock server shows, as far as starts
-can be compared, that a server without its connector is a stock one.
+two, which differ by nothing but chance, are the noise floor; and that mean over the stock server shows, as far as two
+starts can be compared, that a server without its connector is a stock one.
 
 Both servers compute on the same cores, named outright: left to itself vLLM's CPU build reserves a core for a connector,
 and where that leaves none (on two cores) it reserves nothing and computes on all of them, so that the servers would
