@@ -19,7 +19,7 @@ use sidecar::engine::client::WorkerLink;
 use sidecar::engine::frames::{Hello, Role};
 use sidecar::engine::plan::{JobReport, PlannedJob, Report, StepPlan};
 use sidecar::hooks::{
-    GpuPool, HooksConfig, Match, Prefetch, Published, SchedulerHooks, Step, StepMode,
+    GpuPool, Holders, HooksConfig, Match, Prefetch, Published, SchedulerHooks, Step, StepMode,
 };
 
 const SESSIONS: u32 = 100;
@@ -295,7 +295,12 @@ impl Bench {
         until("the lookup is answered", || {
             self.one_step();
             let ask = |hooks: &mut SchedulerHooks| {
-                hooks.match_prefix(&request, local, chain.len() - 1, Instant::now())
+                hooks.match_prefix(
+                    &request,
+                    (local, chain.len() - 1),
+                    Holders::default(),
+                    Instant::now(),
+                )
             };
             self.timers.match_prefix.time(|| ask(&mut self.hooks)) != Match::Pending
         });
@@ -405,7 +410,7 @@ impl Bench {
         let mut quiet = 0;
         until("copies have settled", || {
             self.one_step();
-            quiet = if self.hooks.pending(false, Instant::now()) {
+            quiet = if self.hooks.pending(false) {
                 0
             } else {
                 quiet + 1

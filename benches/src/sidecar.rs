@@ -230,7 +230,9 @@ impl Engine {
         let mut answer = None;
         until("the sidecar answers", || {
             match self.link.receive() {
-                Some(Inbound::Message { sequence, message }) if sequence == asked => {
+                Some(Inbound::Message {
+                    sequence, message, ..
+                }) if sequence == asked => {
                     answer = Some(message);
                 }
                 _ => {}

@@ -13,7 +13,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString};
 use sidecar::hooks::{
-    BlockUse, GpuPool, Match, Published, SchedulerHooks as Hooks, Step, StepMode, Waker,
+    BlockUse, GpuPool, Holders, Match, Published, SchedulerHooks as Hooks, Step, StepMode, Waker,
 };
 
 use crate::config::EngineConfig;
@@ -82,9 +82,18 @@ impl SchedulerHooks {
         request: &str,
         local_blocks: usize,
         blocks_max: usize,
+        holders: (usize, usize, usize, usize),
     ) -> PyResult<Option<usize>> {
-        let found = self
-            .with(|hooks| hooks.match_prefix(request, local_blocks, blocks_max, Instant::now()))?;
+        let (count, seats, missing, free) = holders;
+        let holders = Holders {
+            count,
+            seats,
+            missing,
+            free,
+        };
+        let blocks = (local_blocks, blocks_max);
+        let found =
+            self.with(|hooks| hooks.match_prefix(request, blocks, holders, Instant::now()))?;
         Ok(match found {
             Match::Hit(blocks) => Some(blocks),
             Match::Pending => None,
@@ -148,8 +157,7 @@ impl SchedulerHooks {
     }
 
     fn pending(&self, paused: bool) -> bool {
-        self.with(|hooks| hooks.pending(paused, Instant::now()))
-            .unwrap_or(false)
+        self.with(|hooks| hooks.pending(paused)).unwrap_or(false)
     }
 
     fn copies_in_flight(&self) -> bool {
@@ -339,6 +347,10 @@ impl GpuPool for PoolView<'_, '_> {
 
     fn release(&mut self, blocks: &[GpuBlock]) {
         self.tell(intern!(self.pool.py(), "release"), self.numbers(blocks));
+    }
+
+    fn evict(&mut self, blocks: &[GpuBlock]) {
+        self.tell(intern!(self.pool.py(), "evict"), self.numbers(blocks));
     }
 
     fn publish(&mut self, entries: &[Published]) {

@@ -247,7 +247,7 @@ impl World {
             self.struck.step();
             self.other.step();
             let host = self.sidecar.get("/v1/status")["tiers"]["host"].clone();
-            let idle = |engine: &mut Engine| !engine.hooks.pending(false, Instant::now());
+            let idle = |engine: &mut Engine| !engine.hooks.pending(false);
             host["slots_leased"] == 0
                 && host["slots_draining"] == 0
                 && idle(&mut self.struck)

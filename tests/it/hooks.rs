@@ -5,7 +5,7 @@ use std::time::Instant;
 use greenroom_tests::engine::{Engine, Options, chain};
 use greenroom_tests::sidecar::{Sidecar, until};
 use serde_json::json;
-use sidecar::hooks::{GpuPool, StepMode};
+use sidecar::hooks::{GpuPool, Holders, LOAD_STEPS_MAX, Match, Prefetch, StepMode};
 
 const MEMORY: &str = "4MiB";
 /// Blocks of a session: more than holds may protect in a pool of 100.
@@ -465,6 +465,141 @@ fn of_sessions_that_are_due_the_one_with_priority_comes_first() {
 }
 
 #[test]
+fn of_sessions_that_wait_for_a_tool_the_one_expected_first_comes_first() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let [late, soon] = two_that_do_not_fit(&sidecar, &mut engine);
+    // Nothing may come back before both are known to wait.
+    engine.mode = StepMode::Paused;
+    for (name, eta_ms) in [("a", 600_000), ("b", 300_000)] {
+        sidecar.post(
+            &format!("/v1/sessions/{name}/tool_start"),
+            &json!({"tool": "bash", "eta_ms": eta_ms}),
+        );
+    }
+    engine.step();
+    engine.mode = StepMode::Busy;
+    until("one is back", || {
+        engine.step();
+        engine.pool.leading(&late) == 60 || engine.pool.leading(&soon) == 60
+    });
+    assert_eq!(engine.pool.leading(&soon), 60, "the one expected first");
+}
+
+/// Nothing is brought back here: what is left of a session is what was kept.
+fn left_after_other_traffic(hold_ratio: f64) -> usize {
+    let sidecar = Sidecar::start(MEMORY);
+    let options = Options {
+        prefetch: Prefetch::Off,
+        hold_ratio,
+        ..Options::default()
+    };
+    let mut engine = Engine::connect(sidecar.socket(), "e", 100, options);
+    let mine = session(20, 1);
+    engine.turn(Some("a"), &mine);
+    saved(&mut engine, &sidecar, "a", 20);
+    sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
+    engine.flood(7, 200);
+    engine.pool.leading(&mine)
+}
+
+#[test]
+fn a_session_that_is_held_outlives_other_traffic() {
+    assert_eq!(left_after_other_traffic(0.3), 20);
+}
+
+#[test]
+fn holds_are_bounded_by_their_share_of_the_pool() {
+    assert_eq!(left_after_other_traffic(0.1), 0, "20 blocks are not 10");
+}
+
+#[test]
+fn what_a_retired_session_alone_had_is_freed_on_the_gpu_too() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let mine = session(40, 1);
+    let other = chain((0..40).map(|i| if i < 10 { 1 << 20 | i } else { 2 << 20 | i }));
+    for (name, blocks) in [("a", &mine), ("b", &other)] {
+        engine.turn(Some(name), blocks);
+        saved(&mut engine, &sidecar, name, BLOCKS);
+    }
+    sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
+    engine.settle();
+    sidecar.delete("/v1/sessions/a");
+    until("its own blocks are gone", || {
+        engine.step();
+        engine.pool.leading(&mine) == 10
+    });
+    let next = engine.pool.free_list(30);
+    assert_eq!(next, [None; 30], "and are handed out first");
+    assert_eq!(engine.pool.leading(&other), 40);
+}
+
+/// A request of session "a" that a hit waits for, and its holders: no seat is free.
+fn kept_waiting(sidecar: &Sidecar, engine: &mut Engine) -> Holders {
+    let mine = session(40, 1);
+    engine.turn(Some("a"), &mine);
+    saved(engine, sidecar, "a", BLOCKS);
+    evict(engine, &mine);
+    engine.settle();
+    engine
+        .hooks
+        .turn_started("r", Some("a"), &mine, Instant::now());
+    Holders {
+        count: 1,
+        seats: 1,
+        missing: 0,
+        free: 100,
+    }
+}
+
+#[test]
+fn a_load_waits_for_room_and_not_for_ever() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let holders = kept_waiting(&sidecar, &mut engine);
+    let mut asked = 0;
+    until("the load may start", || {
+        engine.step();
+        asked += 1;
+        let found = engine
+            .hooks
+            .match_prefix("r", (0, 39), holders, Instant::now());
+        found == Match::Hit(39)
+    });
+    assert!(asked > LOAD_STEPS_MAX, "{asked} steps");
+}
+
+#[test]
+fn a_lease_that_ends_while_its_request_waits_is_not_used() {
+    let sidecar = Sidecar::start_with(MEMORY, "lease_ttl = \"1s\"\n");
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let holders = kept_waiting(&sidecar, &mut engine);
+    let ask = |engine: &mut Engine, holders| {
+        engine.step();
+        engine
+            .hooks
+            .match_prefix("r", (0, 39), holders, Instant::now())
+    };
+    let leased = || sidecar.get("/v1/status")["tiers"]["host"]["slots_leased"].clone();
+    until("the lease is there", || {
+        assert_eq!(ask(&mut engine, holders), Match::Pending);
+        leased() == BLOCKS
+    });
+    until("the lease has ended", || {
+        sidecar
+            .text("/metrics")
+            .contains("greenroom_expired_leases_total 1\n")
+    });
+    assert_eq!(leased(), BLOCKS, "the engine may still copy");
+    let found = ask(&mut engine, Holders::default());
+    assert_eq!(found, Match::Pending, "it is asked for anew");
+    until("another lease is there", || {
+        ask(&mut engine, Holders::default()) == Match::Hit(39)
+    });
+}
+
+#[test]
 fn what_arrives_while_the_engine_is_paused_is_done_when_it_goes_on() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
@@ -481,8 +616,8 @@ fn what_arrives_while_the_engine_is_paused_is_done_when_it_goes_on() {
     engine.mode = StepMode::Paused;
     sidecar.post("/v1/sessions/a/tool_end", &json!({}));
     let waits = |hooks: &mut sidecar::hooks::SchedulerHooks| {
-        assert!(!hooks.pending(true, Instant::now()), "a pause has an end");
-        hooks.pending(false, Instant::now())
+        assert!(!hooks.pending(true), "a pause has an end");
+        hooks.pending(false)
     };
     until("the want has arrived", || waits(&mut engine.hooks));
     engine.step();
@@ -529,7 +664,7 @@ fn a_long_session_comes_back_in_steps_of_bounded_work() {
     assert!(most <= TOUCHED_MAX, "{most} blocks in one step");
     until("it is in order", || {
         engine.step();
-        !engine.hooks.pending(false, Instant::now())
+        !engine.hooks.pending(false)
     });
     let free = engine.pool.free_list(2000).into_iter().flatten();
     let order: Vec<_> = free.filter(|hash| mine.contains(hash)).collect();

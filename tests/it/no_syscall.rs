@@ -67,7 +67,7 @@ fn plan_without_system_calls(sidecar: &Sidecar, progress: &Progress) {
     until("everything is saved and said", || {
         engine.step();
         let saved = engine.hooks.figures().saved_blocks == u64::from(SESSIONS) * 20;
-        saved && !engine.hooks.pending(false, Instant::now())
+        saved && !engine.hooks.pending(false)
     });
     let step = Step {
         reserve: 0,

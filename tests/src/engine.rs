@@ -7,7 +7,7 @@ use cuda::HostSwitch;
 use kvstore::{BlockHash, GpuBlock};
 use sidecar::engine::plan::StepPlan;
 use sidecar::hooks::{
-    GpuPool, HooksConfig, Match, Prefetch, Published, SchedulerHooks, Step, StepMode,
+    GpuPool, Holders, HooksConfig, Match, Prefetch, Published, SchedulerHooks, Step, StepMode,
 };
 
 use crate::pool::SimPool;
@@ -92,6 +92,8 @@ pub struct Options<'a> {
     pub lookup_wait: Duration,
     /// Whether its cache is reset before its first request.
     pub reset: bool,
+    /// Share of the pool that holds may protect.
+    pub hold_ratio: f64,
 }
 
 impl Default for Options<'_> {
@@ -101,6 +103,7 @@ impl Default for Options<'_> {
             prefetch: Prefetch::On,
             lookup_wait: Duration::from_secs(5),
             reset: false,
+            hold_ratio: 0.3,
         }
     }
 }
@@ -150,7 +153,7 @@ impl Engine {
             block_tokens: 16,
             gpu_blocks: blocks,
             lookup_wait: options.lookup_wait,
-            hold_ratio: 0.3,
+            hold_ratio: options.hold_ratio,
             prefetch: options.prefetch,
         };
         let workers = Workers::start(&config, LAYERS);
@@ -206,7 +209,7 @@ impl Engine {
     pub fn settle(&mut self) {
         until("copies have settled", || {
             self.step();
-            !self.hooks.pending(false, Instant::now())
+            !self.hooks.pending(false)
         });
     }
 
@@ -222,10 +225,12 @@ impl Engine {
         until("the lookup is answered", || {
             self.step();
             local = self.pool.leading(&chain[..useful]);
-            match self
-                .hooks
-                .match_prefix(&request, local, useful, Instant::now())
-            {
+            match self.hooks.match_prefix(
+                &request,
+                (local, useful),
+                Holders::default(),
+                Instant::now(),
+            ) {
                 Match::Hit(n) => hit = n,
                 Match::Miss => hit = 0,
                 Match::Pending => return false,
@@ -306,10 +311,12 @@ impl Engine {
         until("the lookup is answered", || {
             self.step();
             let local = self.pool.leading(chain);
-            match self
-                .hooks
-                .match_prefix(&request, local, chain.len() - 1, Instant::now())
-            {
+            match self.hooks.match_prefix(
+                &request,
+                (local, chain.len() - 1),
+                Holders::default(),
+                Instant::now(),
+            ) {
                 Match::Pending => return false,
                 Match::Hit(n) => hit = Some(n),
                 Match::Miss => {}

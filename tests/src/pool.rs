@@ -222,6 +222,17 @@ impl GpuPool for SimPool {
         }
     }
 
+    fn evict(&mut self, blocks: &[GpuBlock]) {
+        self.touch(blocks.len());
+        for block in blocks {
+            let references = self.blocks[block.index()].references;
+            assert_eq!(references, 0, "only what nobody references is evicted");
+            self.uncache(block.0);
+        }
+        self.reference(blocks);
+        self.release(blocks);
+    }
+
     fn release(&mut self, blocks: &[GpuBlock]) {
         self.touch(blocks.len());
         let mut uncached = Vec::new();

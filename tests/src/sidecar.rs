@@ -19,6 +19,11 @@ pub struct Sidecar {
 impl Sidecar {
     /// Starts one with an arena of `memory` (as in the config file).
     pub fn start(memory: &str) -> Self {
+        Self::start_with(memory, "")
+    }
+
+    /// The same with `more` lines of the config file.
+    pub fn start_with(memory: &str, more: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let port = std::net::TcpListener::bind("127.0.0.1:0")
             .unwrap()
@@ -31,16 +36,16 @@ impl Sidecar {
             stop: None,
             thread: None,
         };
-        this.run(memory, port);
+        this.run(memory, port, more);
         this
     }
 
-    fn run(&mut self, memory: &str, port: u16) {
+    fn run(&mut self, memory: &str, port: u16, more: &str) {
         let path = self.folder.path().join("greenroom.toml");
         let socket = self.socket();
         std::fs::write(
             &path,
-            format!("memory = \"{memory}\"\nsocket = {socket:?}\nlisten = \"127.0.0.1:{port}\"\ndrain_timeout = \"100ms\"\n"),
+            format!("memory = \"{memory}\"\nsocket = {socket:?}\nlisten = \"127.0.0.1:{port}\"\ndrain_timeout = \"100ms\"\n{more}"),
         )
         .unwrap();
         let config = Config::resolve(
@@ -90,7 +95,7 @@ impl Sidecar {
     pub fn restart(&mut self, memory: &str) {
         self.stop();
         let port = self.url.rsplit(':').next().unwrap().parse().unwrap();
-        self.run(memory, port);
+        self.run(memory, port, "");
     }
 
     /// The engines' socket.
@@ -110,6 +115,12 @@ impl Sidecar {
             .body_mut()
             .read_json()
             .ok()
+    }
+
+    /// `GET` of something that is not JSON.
+    pub fn text(&self, path: &str) -> String {
+        let answer = ureq::get(format!("{}{path}", self.url)).call();
+        answer.unwrap().body_mut().read_to_string().unwrap()
     }
 
     /// `GET`, which must succeed.

@@ -48,6 +48,7 @@ class _GpuPool(Protocol):
     def take(self, count: int, /) -> Sequence[int] | None: ...
     def reference(self, blocks: Sequence[int], /) -> None: ...
     def release(self, blocks: Sequence[int], /) -> None: ...
+    def evict(self, blocks: Sequence[int], /) -> None: ...
     def publish(self, entries: Sequence[tuple[int, bytes, int]], /) -> None: ...
 
 @final
@@ -78,8 +79,11 @@ class SchedulerHooks:
     def hints(self, json: str) -> None:
         """A request carried a hint envelope."""
 
-    def match_prefix(self, request: str, local_blocks: int, blocks_max: int) -> int | None:
-        """How many blocks beyond ``local_blocks`` can be loaded; None: not known yet, ask again at the next step."""
+    def match_prefix(
+        self, request: str, local_blocks: int, blocks_max: int, holders: tuple[int, int, int, int]
+    ) -> int | None:
+        """How many blocks beyond ``local_blocks`` can be loaded; None: not known yet, or no room, ask again at the next
+        step. ``holders``, the requests that hold blocks: how many, how many may, what they still need, what is free."""
 
     def swap_in(self, request: str, gpu_blocks: Sequence[int]) -> None:
         """The blocks that were allocated for what ``match_prefix`` offered; none: the request starts without them."""

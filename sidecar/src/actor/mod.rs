@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use kvstore::{Counts, Effects, Geometry, Owner, Store, StoreConfig, StoreError, Term};
+use kvstore::{BlockHash, Counts, Effects, Geometry, Owner, Store, StoreConfig, StoreError, Term};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 pub use self::engines::{Admitted, ConnectionId};
@@ -251,7 +251,7 @@ impl Actor {
         }
         for session in self.sessions.take_evicted() {
             self.unpin_session(session.key);
-            self.tell_nothing(&session);
+            self.tell_nothing(&session, &[]);
         }
         while let Some((at, key)) = self.changes.first().copied()
             && at <= now
@@ -323,26 +323,25 @@ impl Actor {
         let Some((session, shared)) = self.sessions.retire(key) else {
             return Err(CommandError::UnknownSession);
         };
-        self.tell_nothing(&session);
+        let own = &session.chain[shared.min(session.chain.len())..];
+        self.tell_nothing(&session, own);
         let namespace = session.home.and_then(|(_, id)| self.engines.namespace(id));
         let (Some(cut), Some(namespace)) = (&mut self.cut, namespace) else {
             return Ok(0);
         };
-        let effects = cut
-            .store
-            .retire(namespace, &session.chain[shared.min(session.chain.len())..]);
+        let effects = cut.store.retire(namespace, own);
         self.count(effects);
         Ok(u64::try_from(effects.freed).unwrap_or(u64::MAX))
     }
 
-    /// The session is gone: whatever an engine was told of it no longer holds.
-    pub(in crate::actor) fn tell_nothing(&mut self, session: &Session) {
+    /// The session is gone: whatever an engine was told of it no longer holds, and `useless` blocks may go.
+    pub(in crate::actor) fn tell_nothing(&mut self, session: &Session, useless: &[BlockHash]) {
         let told = self.wants.remove(&session.key);
         if let Some((engine, _)) = session.home
-            && told.is_some_and(|told| told.wish != Wish::Nothing)
+            && (told.is_some_and(|told| told.wish != Wish::Nothing) || !useless.is_empty())
         {
             self.next_want += 1;
-            let want = nothing(session.key, self.next_want);
+            let want = nothing(session.key, self.next_want, useless);
             self.engines.send(engine, 0, &want);
         }
     }
@@ -565,7 +564,7 @@ impl Actor {
     }
 }
 
-fn nothing(session: SessionKey, want: u64) -> ToEngine {
+fn nothing(session: SessionKey, want: u64, useless: &[BlockHash]) -> ToEngine {
     ToEngine::Want {
         session: session.0,
         want,
@@ -573,7 +572,7 @@ fn nothing(session: SessionKey, want: u64) -> ToEngine {
         priority: 0,
         expected_ms: None,
         hold_ms: 0,
-        hashes: crate::engine::frames::Hashes::default(),
+        hashes: crate::engine::frames::Hashes(useless.to_vec()),
         lease: None,
         slots: Vec::new(),
         ttl_ms: 0,

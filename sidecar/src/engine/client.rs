@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvstore::ArenaMap;
 use parking_lot::{Condvar, Mutex};
@@ -56,6 +56,8 @@ pub enum Inbound {
         sequence: u64,
         /// The message.
         message: ToEngine,
+        /// When it came: the times that it names begin then, however late an engine in a long step takes it in.
+        at: Instant,
     },
 }
 
@@ -354,7 +356,11 @@ impl Supervisor {
             } else if let ToEngine::Want { want, .. } = &message {
                 wants.take(*want).map_err(invalid)?;
             }
-            self.deliver(Inbound::Message { sequence, message })?;
+            self.deliver(Inbound::Message {
+                sequence,
+                message,
+                at: Instant::now(),
+            })?;
         }
     }
 }

@@ -6,15 +6,16 @@ use kvstore::{GpuBlock, SlotId};
 
 use super::jobs::Work;
 use super::turns::{Answer, Lookup, Turn};
-use super::{COPY_PATIENCE, Match, SchedulerHooks};
+use super::{COPY_PATIENCE, Holders, LOAD_STEPS_MAX, Match, SchedulerHooks};
 use crate::engine::frames::{Hashes, ToSidecar};
+use crate::planner::budget;
 
 impl SchedulerHooks {
     pub(super) fn weigh(
         &mut self,
         request: &str,
-        local: usize,
-        blocks_max: usize,
+        (local, blocks_max): (usize, usize),
+        holders: Holders,
         now: Instant,
     ) -> Match {
         let ready = self.is_ready();
@@ -45,6 +46,14 @@ impl SchedulerHooks {
             &mut released,
         );
         let matched = match answer {
+            // The blocks that are loaded, and one for what is computed after them.
+            Answer::Hit(_)
+                if turn.steps_without_room < LOAD_STEPS_MAX
+                    && !budget::admits_load(blocks_max - local + 1, holders) =>
+            {
+                turn.steps_without_room += 1;
+                Match::Pending
+            }
             Answer::Hit(n) => {
                 if let Lookup::Ready(run) = &turn.lookup {
                     turn.offered = Some((local, run.clone()));
@@ -87,6 +96,7 @@ impl SchedulerHooks {
         let Some(turn) = self.turns.get_mut(request) else {
             return;
         };
+        turn.steps_without_room = 0;
         let offered = turn.offered.take();
         if gpu_blocks.is_empty() {
             let mut released = Vec::new();

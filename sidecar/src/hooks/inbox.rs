@@ -2,17 +2,17 @@
 
 use std::time::{Duration, Instant};
 
-use kvstore::SlotId;
+use kvstore::{BlockHash, SlotId};
 
 use super::turns::{LeasedRun, Lookup};
 use super::watch::NewWant;
-use super::{Connection, SchedulerHooks};
+use super::{Connection, RETIRED_BLOCKS, SchedulerHooks};
 use crate::engine::client::{Inbound, Outbox};
-use crate::engine::frames::{ToEngine, ToSidecar};
+use crate::engine::frames::{ToEngine, ToSidecar, Wish};
 
 impl SchedulerHooks {
     /// Takes in what has arrived.
-    pub(super) fn receive(&mut self, now: Instant) {
+    pub(super) fn receive(&mut self) {
         let epoch = self.link.epoch();
         if epoch == self.seen {
             return;
@@ -26,7 +26,11 @@ impl SchedulerHooks {
                     tracing::error!(reason, "the sidecar refuses this engine")
                 }
                 Inbound::Lost => self.disconnected(),
-                Inbound::Message { sequence, message } => self.message(sequence, message, now),
+                Inbound::Message {
+                    sequence,
+                    message,
+                    at,
+                } => self.message(sequence, message, at),
             }
         }
     }
@@ -65,7 +69,7 @@ impl SchedulerHooks {
         }
     }
 
-    fn message(&mut self, sequence: u64, message: ToEngine, now: Instant) {
+    fn message(&mut self, sequence: u64, message: ToEngine, at: Instant) {
         if self.connection.opening.is_some() && self.is_stale(sequence, &message) {
             return;
         }
@@ -80,7 +84,7 @@ impl SchedulerHooks {
                 ttl_ms,
             } => {
                 let slots = slots.into_iter().map(SlotId).collect();
-                let expires = now + millis(ttl_ms);
+                let expires = at + millis(ttl_ms);
                 let run = lease.map(|lease| LeasedRun {
                     lease,
                     from: 0,
@@ -101,7 +105,7 @@ impl SchedulerHooks {
             } => {
                 if !self
                     .saves
-                    .answered(sequence, lease, &slots, now + millis(ttl_ms))
+                    .answered(sequence, lease, &slots, at + millis(ttl_ms))
                     && let Some(lease) = lease
                 {
                     self.send(&ToSidecar::Settle {
@@ -123,13 +127,16 @@ impl SchedulerHooks {
                 ttl_ms,
             } => {
                 let slots = slots.into_iter().map(SlotId).collect();
-                let expires = now + millis(ttl_ms);
+                let expires = at + millis(ttl_ms);
+                if wish == Wish::Nothing {
+                    self.retire(&hashes.0);
+                }
                 let new = NewWant {
                     want,
                     wish,
                     priority,
-                    expected: expected_ms.map(|ms| now + millis(ms)),
-                    hold_until: now + millis(hold_ms),
+                    expected: expected_ms.map(|ms| at + millis(ms)),
+                    hold_until: at + millis(hold_ms),
                     chain: hashes.0,
                     lease: lease.map(|lease| LeasedRun {
                         lease,
@@ -138,7 +145,7 @@ impl SchedulerHooks {
                         expires,
                     }),
                 };
-                let released = self.watch.want(session, new, now);
+                let released = self.watch.want(session, new, at);
                 self.release(&released);
             }
             ToEngine::NamespaceOpen => {}
@@ -146,6 +153,14 @@ impl SchedulerHooks {
                 tracing::warn!("a second welcome from the sidecar is ignored");
             }
         }
+    }
+
+    /// A session has ended for good and no other has these blocks of its.
+    fn retire(&mut self, hashes: &[BlockHash]) {
+        self.saves.forget(hashes);
+        self.retired.extend(hashes);
+        let excess = self.retired.len().saturating_sub(RETIRED_BLOCKS);
+        self.retired.drain(..excess);
     }
 
     /// While a namespace is being opened: whether a message speaks of an earlier one. Its lease is given back.

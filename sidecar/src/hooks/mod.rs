@@ -16,6 +16,7 @@ mod steps;
 mod turns;
 mod watch;
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,7 @@ use crate::engine;
 use crate::engine::client::{Outbox, SchedulerLink};
 use crate::engine::frames::{Figures, Hashes, Hello, Hook, HookSample, Role, ToSidecar};
 use crate::engine::plan::{Report, StepPlan};
+pub use crate::planner::budget::Holders;
 use crate::planner::budget::PoolFacts;
 
 /// Bytes of one rank that one prefetch or save job moves at most: 2.6 ms of a PCIe 4 link.
@@ -47,8 +49,13 @@ const BUSY_STEP_BLOCKS: usize = 128;
 const BUSY_STEP_LEAST: usize = 32;
 /// The same in a step that no request waits for.
 const IDLE_STEP_BLOCKS: usize = 16_384;
+/// Most blocks of retired sessions that wait to be evicted; beyond it the oldest are left to age.
+const RETIRED_BLOCKS: usize = 1 << 16;
 /// Longest that a request waits for the prefetch of its own blocks.
 const COPY_PATIENCE: Duration = Duration::from_secs(2);
+/// Steps for which a load waits until there is room for it beside the requests that hold blocks; then it starts all the
+/// same, as vLLM would have started the request without it.
+pub const LOAD_STEPS_MAX: u32 = 200;
 /// How often figures are sent, at most.
 const FIGURES_EVERY: Duration = Duration::from_secs(1);
 /// Samples kept between two reports.
@@ -176,6 +183,8 @@ pub struct SchedulerHooks {
     epoch: u64,
     turns: Turns,
     saves: Saves,
+    /// Blocks of retired sessions that are still to be evicted from the GPU.
+    retired: VecDeque<BlockHash>,
     watch: Watch,
     jobs: Jobs,
     next: StepPlan,
@@ -234,6 +243,7 @@ impl SchedulerHooks {
             epoch: 0,
             turns: Turns::default(),
             saves: Saves::default(),
+            retired: VecDeque::new(),
             watch: Watch::new(limits),
             jobs: Jobs::default(),
             next: StepPlan::default(),
@@ -283,7 +293,7 @@ impl SchedulerHooks {
         hashes: &[BlockHash],
         now: Instant,
     ) {
-        self.receive(now);
+        self.receive();
         let (ticket, before) = self.turns.insert(request, hashes.to_vec());
         if let Some(mut before) = before {
             let mut released = Vec::new();
@@ -318,17 +328,18 @@ impl SchedulerHooks {
     }
 
     /// How much of a prompt can be loaded beyond the `local` blocks that the GPU has, of `blocks_max` that are of use.
-    /// Never waits; pending for [`HooksConfig::lookup_wait`] at most (longer only while its own blocks are being
-    /// prefetched).
+    /// Never waits; pending for [`HooksConfig::lookup_wait`] at most. Longer only while its own blocks are being
+    /// prefetched, and, of what can be loaded, for [`LOAD_STEPS_MAX`] steps at most in which there is no room for it beside
+    /// the `holders`.
     pub fn match_prefix(
         &mut self,
         request: &str,
-        local: usize,
-        blocks_max: usize,
+        (local, blocks_max): (usize, usize),
+        holders: Holders,
         now: Instant,
     ) -> Match {
-        self.receive(now);
-        let answer = self.weigh(request, local, blocks_max, now);
+        self.receive();
+        let answer = self.weigh(request, (local, blocks_max), holders, now);
         self.time(Hook::MatchPrefix, now);
         answer
     }
@@ -346,7 +357,7 @@ impl SchedulerHooks {
 
     /// A request ended with these full blocks, which are about to be freed.
     pub fn turn_ended(&mut self, request: &str, hashes: &[BlockHash], now: Instant) {
-        self.receive(now);
+        self.receive();
         let Some(mut turn) = self.turns.remove(request) else {
             return;
         };
@@ -370,12 +381,13 @@ impl SchedulerHooks {
         if !self.is_due() && self.jobs.is_empty() && !self.watch.needs_step(pool.total()) {
             return None;
         }
-        self.receive(now);
+        self.receive();
         self.recheck_saves(pool);
         let active = step.mode != StepMode::Paused;
         if active && self.is_ready() {
             // Saves first: what they reference cannot be evicted by the fetch that follows.
-            let saved = self.ship_saves(step.reserve, pool, now);
+            let saved =
+                self.ship_saves(step.reserve, pool, now) + self.evict_retired(step.mode, pool);
             let facts = PoolFacts {
                 total: pool.total(),
                 free: pool.free(),
@@ -395,7 +407,7 @@ impl SchedulerHooks {
                 touches,
             });
             self.act(findings);
-            self.work_due = self.watch.is_unfinished();
+            self.work_due = self.watch.is_unfinished() || !self.retired.is_empty();
         } else if active {
             self.work_due = false;
         }
@@ -448,6 +460,7 @@ impl SchedulerHooks {
                 commit: false,
             });
         }
+        self.retired.clear();
         let mut released = self.watch.clear();
         for turn in self.turns.iter_mut() {
             turn.give_back(&mut released);
@@ -461,9 +474,9 @@ impl SchedulerHooks {
 
     /// Whether the engine must keep stepping: copies in flight, or something to act on. A paused engine acts on nothing,
     /// and is asked here again when it goes on: what has arrived is taken in meanwhile and kept until then.
-    pub fn pending(&mut self, paused: bool, now: Instant) -> bool {
+    pub fn pending(&mut self, paused: bool) -> bool {
         if paused {
-            self.receive(now);
+            self.receive();
         }
         !self.jobs.is_empty() || (!paused && self.is_due())
     }

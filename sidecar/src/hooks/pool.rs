@@ -42,23 +42,36 @@ pub trait GpuPool {
     fn reference(&mut self, blocks: &[GpuBlock]);
     /// Drops a reference of each, in this order: of those that become free, the first is evicted first.
     fn release(&mut self, blocks: &[GpuBlock]);
+    /// Takes unreferenced blocks out of the prefix cache: they are handed out next.
+    fn evict(&mut self, blocks: &[GpuBlock]);
     /// Enters blocks into the prefix cache; a hash that is cached already is skipped.
     fn publish(&mut self, entries: &[Published]);
 }
 
+/// Evicts those blocks of a chain that nobody references.
+pub(super) fn evict(pool: &mut dyn GpuPool, chain: &[BlockHash]) {
+    let idle = idle(pool, chain);
+    if !idle.is_empty() {
+        pool.evict(&idle);
+    }
+}
+
 /// Moves the unreferenced ones among the cached blocks of a chain to the safe end of the free list, prefix safest.
 pub(super) fn requeue(pool: &mut dyn GpuPool, chain: &[BlockHash]) {
-    let blocks: Vec<GpuBlock> = pool.lookup(chain).into_iter().flatten().collect();
-    let uses = pool.uses(&blocks);
-    let mut idle: Vec<GpuBlock> = blocks
-        .iter()
-        .zip(&uses)
-        .filter(|(_, u)| !u.referenced)
-        .map(|(b, _)| *b)
-        .collect();
+    let mut idle = idle(pool, chain);
     if !idle.is_empty() {
         pool.reference(&idle);
         idle.reverse();
         pool.release(&idle);
     }
+}
+
+fn idle(pool: &dyn GpuPool, chain: &[BlockHash]) -> Vec<GpuBlock> {
+    let blocks: Vec<GpuBlock> = pool.lookup(chain).into_iter().flatten().collect();
+    let uses = pool.uses(&blocks);
+    blocks
+        .into_iter()
+        .zip(uses)
+        .filter_map(|(block, u)| (!u.referenced).then_some(block))
+        .collect()
 }

@@ -63,6 +63,14 @@ impl Saves {
         self.queue.drain(..excess);
     }
 
+    /// Drops blocks that nobody needs any more from the queue.
+    pub(super) fn forget(&mut self, hashes: &[BlockHash]) {
+        if !self.queue.is_empty() {
+            let useless: DigestMap<()> = hashes.iter().map(|hash| (*hash, ())).collect();
+            self.queue.retain(|hash| !useless.contains_key(hash));
+        }
+    }
+
     /// The next blocks to reserve slots for, unless enough is under way. With room for a whole batch (`blocks_max`) again,
     /// it is one.
     pub(super) fn next_batch(&mut self, blocks_max: usize, room: usize) -> Option<Vec<BlockHash>> {

@@ -1,13 +1,17 @@
 //! One step's work on the engine's pool: saves and fetches shipped as jobs, ended jobs committed, published or dropped.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use kvstore::{GpuBlock, SlotId};
+use kvstore::{BlockHash, GpuBlock, SlotId};
 
 use super::jobs::{Job, Work};
 use super::saves::{self, Shipment};
+use super::turns::LEASE_MARGIN;
 use super::watch::{CopyOutcome, Fetch, Findings};
-use super::{GpuPool, Published, SchedulerHooks, chunk_blocks, push_bounded};
+use super::{
+    BUSY_STEP_BLOCKS, GpuPool, IDLE_STEP_BLOCKS, Published, SchedulerHooks, StepMode, chunk_blocks,
+    push_bounded,
+};
 use crate::engine::frames::{CopyClass, CopySample, Hashes, PAIRS_MAX, ToSidecar};
 use crate::engine::plan::PlannedJob;
 
@@ -42,7 +46,7 @@ impl SchedulerHooks {
             let Some(grant) = self.saves.pop_grant() else {
                 break;
             };
-            if now + Duration::from_secs(1) >= grant.expires {
+            if now + LEASE_MARGIN >= grant.expires {
                 self.send(&ToSidecar::Settle {
                     lease: grant.lease,
                     commit: false,
@@ -111,6 +115,19 @@ impl SchedulerHooks {
             }
         }
         looked
+    }
+
+    /// Evicts some of what retired sessions have left on the GPU. Returns the blocks that it has looked at.
+    pub(super) fn evict_retired(&mut self, mode: StepMode, pool: &mut dyn GpuPool) -> usize {
+        let most = match mode {
+            StepMode::Idle => IDLE_STEP_BLOCKS,
+            StepMode::Busy | StepMode::Paused => BUSY_STEP_BLOCKS,
+        };
+        let some: Vec<BlockHash> = self.retired.drain(..most.min(self.retired.len())).collect();
+        if !some.is_empty() {
+            super::pool::evict(pool, &some);
+        }
+        some.len()
     }
 
     /// Carries out what the watch found.

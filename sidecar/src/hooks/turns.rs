@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use kvstore::{BlockHash, SlotId};
 
-/// A lease this close to its end is not used any more.
-const LEASE_MARGIN: Duration = Duration::from_millis(500);
+/// A lease this close to its end is not used any more, neither to load nor to save. Half of the shortest that can be
+/// configured.
+pub(super) const LEASE_MARGIN: Duration = Duration::from_millis(500);
 
 /// Slots of consecutive blocks of one chain, leased for reading.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,6 +75,8 @@ pub(super) struct Turn {
     pub(super) lookup: Lookup,
     /// What the last [`Answer::Hit`] offered: first position and the run it came from.
     pub(super) offered: Option<(usize, LeasedRun)>,
+    /// Steps for which its load has been waiting for room.
+    pub(super) steps_without_room: u32,
     /// Since when it waits for a prefetch of its own blocks.
     pub(super) waiting_for_copy: Option<Instant>,
     /// Positions that were prefetched for it and not yet judged used or wasted.
@@ -103,6 +106,7 @@ impl Turn {
             filled: 0,
             lookup: Lookup::Idle,
             offered: None,
+            steps_without_room: 0,
             waiting_for_copy: None,
             prefetched: Vec::new(),
         }

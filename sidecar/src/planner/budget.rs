@@ -1,7 +1,9 @@
-//! The rule under which a chunk of blocks may be fetched into the engine's pool (invariant 3 of the architecture).
+//! The rules under which blocks may be taken out of the engine's pool (invariant 3 of the architecture).
 //!
-//! A chunk takes blocks out of the free list while it is copied. It is submitted only if what is left covers everything
-//! that vLLM itself is about to need: computed from the requests there are, not guessed as a share of the pool.
+//! A chunk that is fetched takes blocks out of the free list while it is copied. It is submitted only if what is left
+//! covers everything that vLLM itself is about to need: computed from the requests there are, not guessed as a share of the
+//! pool. A demand load takes all of its request's blocks before the request has computed anything, and starts only if those
+//! that hold blocks already can grow beside it.
 
 /// State of the engine's pool at one step, in blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +57,37 @@ pub fn admit(pool: PoolFacts, demand: Demand) -> Admission {
     } else {
         Admission::Later
     }
+}
+
+/// Blocks by which each request that holds some is taken to grow before one of them ends.
+///
+/// Of the same arrivals in a pool so small that requests fall (`python -m harness.arrivals`, 20 seeds, 66 preemptions
+/// without Greenroom), those with loads fell 101 times without this rule, 67 times with one block each, 48 with two.
+pub const GROWTH_BLOCKS: usize = 2;
+
+/// The requests that hold blocks of the engine's pool: those that run, and those whose load is being copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Holders {
+    /// How many there are.
+    pub count: usize,
+    /// Most that may run at a time.
+    pub seats: usize,
+    /// Blocks that they still need for the tokens they have.
+    pub missing: usize,
+    /// Blocks on the free list, cached ones included.
+    pub free: usize,
+}
+
+/// Whether a demand load may start that leaves its request with `own` blocks more: it finds a seat when it has ended, and
+/// `free − own ≥ missing + growth of all`. Beside nobody it always may.
+pub fn admits_load(own: usize, holders: Holders) -> bool {
+    let Holders {
+        count,
+        seats,
+        missing,
+        free,
+    } = holders;
+    count == 0 || (count < seats && free >= own + missing + (count + 1) * GROWTH_BLOCKS)
 }
 
 /// Whether so much of the pool is in use that only sessions that are due are brought back.
@@ -151,6 +184,27 @@ mod tests {
     fn busy_is_more_than_four_fifths_referenced() {
         assert!(!is_busy(PoolFacts { free: 80, ..POOL }));
         assert!(is_busy(PoolFacts { free: 79, ..POOL }));
+    }
+
+    #[test]
+    fn a_load_waits_for_a_seat_and_for_room_to_grow() {
+        let holders = Holders {
+            count: 3,
+            seats: 4,
+            missing: 5,
+            free: 33,
+        };
+        assert!(admits_load(20, holders));
+        assert!(!admits_load(21, holders));
+        assert!(!admits_load(
+            20,
+            Holders {
+                seats: 3,
+                ..holders
+            }
+        ));
+        let nobody = Holders::default();
+        assert!(admits_load(20, nobody), "who else would make room?");
     }
 
     proptest! {

@@ -12,7 +12,7 @@ use kvstore::{BlockHash, GpuBlock};
 use sidecar::engine::frames::CopyClass;
 use sidecar::engine::plan::StepPlan;
 use sidecar::hooks::{
-    GpuPool, HooksConfig, Match, Prefetch, Published, SchedulerHooks, Step, StepMode,
+    GpuPool, Holders, HooksConfig, Match, Prefetch, Published, SchedulerHooks, Step, StepMode,
 };
 
 use super::model::{BLOCK, Model, REGIONS, Rows};
@@ -259,7 +259,7 @@ impl Engine {
     pub fn settle(&mut self) {
         until("copies have settled", || {
             self.step();
-            !self.has_requests() && !self.hooks.pending(false, Instant::now())
+            !self.has_requests() && !self.hooks.pending(false)
         });
     }
 
@@ -441,7 +441,12 @@ impl Engine {
             // The last token is always computed.
             let useful = (tokens - 1) / BLOCK;
             let local = self.pool.leading(&request.hashes[..useful]);
-            let hit = match self.hooks.match_prefix(id, local, useful, Instant::now()) {
+            let hit = match self.hooks.match_prefix(
+                id,
+                (local, useful),
+                Holders::default(),
+                Instant::now(),
+            ) {
                 Match::Hit(blocks) => blocks,
                 Match::Miss => 0,
                 Match::Pending => {

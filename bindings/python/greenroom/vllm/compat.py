@@ -48,6 +48,7 @@ __all__ = [
     "Engine",
     "Geometry",
     "GpuPool",
+    "Holders",
     "KVConnectorBase_V1",
     "KVConnectorMetadata",
     "KVConnectorPromMetrics",
@@ -74,6 +75,7 @@ __all__ = [
     "prometheus_kinds",
     "rank",
     "required_layout",
+    "seats",
     "survey",
     "tokens_ahead",
     "use_recompute_policy",
@@ -401,6 +403,12 @@ class GpuPool:
         """Drops a reference of each; of those that become free, the first is evicted first."""
         self._pool.free_blocks([self._pool.blocks[one] for one in blocks])
 
+    def evict(self, blocks: Sequence[int]) -> None:
+        """Takes unreferenced blocks out of the prefix cache; vLLM puts what caches nothing at the head of the free list."""
+        self._pool.evict_blocks(set(blocks))
+        self.reference(blocks)
+        self.release(blocks)
+
     def publish(self, entries: Sequence[tuple[int, bytes, int]]) -> None:
         """Makes (block, hash, position) ordinary entries of the prefix cache; a hash that is there is left alone."""
         for number, block_hash, position in entries:
@@ -441,8 +449,11 @@ class Survey:
 
     reserve_blocks: int = 0
     """Blocks that must stay free: see ``survey``."""
+    missing: int = 0
+    """Those of them that running and loading requests need."""
     waiting: int = 0
     running: int = 0
+    """Loading ones, too."""
     handed_out: int = 0
     """Blocks that this step took from the pool."""
     filled: list[tuple[Turn, int, int]] = field(default_factory=list)
@@ -472,7 +483,7 @@ def survey(turns: Iterable[Turn], scheduled: Mapping[str, int], block_tokens: in
             result.running += 1
             result.handed_out += has + -computed // size
             if need > 0:
-                result.reserve_blocks += need
+                result.missing += need
             full = (computed if computed < tokens else tokens) // size
             if full > turn.filled:
                 full = min(full, len(request.block_hashes))
@@ -481,14 +492,36 @@ def survey(turns: Iterable[Turn], scheduled: Mapping[str, int], block_tokens: in
                     turn.filled = full
         elif status is loading:
             result.running += 1
-            result.reserve_blocks += max(0, _blocks(tokens + 1 + ahead, size) - _blocks(computed, size))
+            result.missing += max(0, _blocks(tokens + 1 + ahead, size) - _blocks(computed, size))
         elif not RequestStatus.is_finished(status):
             if computed == 0:
                 # A preempted request is among these: what it had computed is gone and will fill anew.
                 turn.filled = 0
             result.waiting += 1
             result.reserve_blocks += _blocks(tokens + 1, size) - _blocks(computed, size)
+    result.reserve_blocks += result.missing
     return result
+
+
+@dataclass
+class Holders:
+    """The requests that hold blocks while vLLM schedules: those of the last survey, and those added since."""
+
+    seats: int
+    """Most that may run at a time."""
+    count: int = 0
+    missing: int = 0
+    """Blocks that they still need for the tokens they have."""
+
+    def add(self, request: Any, blocks: int, block_tokens: int) -> None:
+        """A request has been given its blocks. One whose load has just ended is counted twice until the next survey."""
+        self.count += 1
+        self.missing += max(0, _blocks(request.num_tokens + 1, block_tokens) - blocks)
+
+
+def seats(config: Any) -> int:
+    """Most requests that may run at a time."""
+    return int(config.scheduler_config.max_num_seqs)
 
 
 def _blocks(tokens: int, block_tokens: int) -> int:

@@ -36,6 +36,7 @@ class SchedulerSide:
         self._figures: dict[str, int] = {}
         self._events = compat.BlockEvents(engine.block_tokens) if compat.wants_events(config) else None
         self._pool: compat.GpuPool | None = None
+        self._holders = compat.Holders(compat.seats(config))
         compat.use_recompute_policy(config)
         self._hooks = SchedulerHooks(engine, self._around.wake)
         if self._around.must_poll:
@@ -63,9 +64,14 @@ class SchedulerSide:
         turn = self._turns.get(request.request_id)
         if turn is None or computed_tokens % self._block_tokens or request.skip_reading_prefix_cache:
             return 0, False
+        assert self._pool is not None
         turn.local = computed_tokens // self._block_tokens
+        useful, holders = (request.num_tokens - 1) // self._block_tokens, self._holders
         blocks = self._hooks.match_prefix(
-            request.request_id, turn.local, (request.num_tokens - 1) // self._block_tokens
+            request.request_id,
+            turn.local,
+            useful,
+            (holders.count, holders.seats, holders.missing, self._pool.free()),
         )
         if blocks is None:
             return None, False
@@ -77,8 +83,9 @@ class SchedulerSide:
         if turn is None:
             return
         external: list[int] = []
+        (numbers,) = blocks.get_block_ids()
+        self._holders.add(request, len(numbers), self._block_tokens)
         if external_tokens > 0:
-            (numbers,) = blocks.get_block_ids()
             external = numbers[turn.local : turn.local + external_tokens // self._block_tokens]
         self._hooks.swap_in(request.request_id, external)
 
@@ -101,6 +108,7 @@ class SchedulerSide:
         for turn, start, end in survey.filled:
             request = turn.request
             self._hooks.blocks_filled(request.request_id, end, b"".join(request.block_hashes[start:end]))
+        self._holders.count, self._holders.missing = survey.running, survey.missing
         plan = self._hooks.plan(self._pool, survey.reserve_blocks, survey.handed_out, self._activity(survey))
         return StepMetadata(plan=plan or b"")
 

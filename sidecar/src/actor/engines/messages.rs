@@ -188,7 +188,7 @@ impl Actor {
             .filter(|s| s.home.is_some_and(|(home, _)| home != key))
             .cloned()
         {
-            self.tell_nothing(&before);
+            self.tell_nothing(&before, &[]);
         }
         let started = id.map(|id| self.sessions.turn_started(name, (key, id), &hashes.0, now));
         let session = match started {

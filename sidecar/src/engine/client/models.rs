@@ -97,6 +97,9 @@ impl GpuPool for Empty {
     fn release(&mut self, _: &[GpuBlock]) {
         unreachable!("nothing was taken")
     }
+    fn evict(&mut self, _: &[GpuBlock]) {
+        unreachable!("nothing is cached")
+    }
     fn publish(&mut self, _: &[Published]) {
         unreachable!("nothing was fetched")
     }
@@ -139,6 +142,7 @@ fn late_match(lease: u64) -> Inbound {
             slots: vec![0],
             ttl_ms: 1000,
         },
+        at: Instant::now(),
     }
 }
 
@@ -205,7 +209,7 @@ fn idle_engine(deliver: Deliver, pause: Pause) {
     let (mut returned, mut steps) = (Vec::new(), 0);
     while returned.len() < kvstore::usize_from_u64(LEASES) || steps == 0 {
         let paused = *paused.lock().unwrap();
-        if hooks.pending(paused, Instant::now()) {
+        if hooks.pending(paused) {
             step(&mut hooks);
             steps += 1;
         } else {
