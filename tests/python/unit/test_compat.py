@@ -97,6 +97,16 @@ def test_published_blocks_are_hits_for_vllm_itself(pool: compat.GpuPool, blocks:
         assert found.block_hash_num_tokens == (position + 1) * TOKENS
 
 
+def test_evicted_blocks_cache_nothing_and_are_handed_out_next(pool: compat.GpuPool, blocks: BlockPool) -> None:
+    cached(pool, [1, 2])
+    (mine,) = cached(pool, [3])
+    cached(pool, [4, 5])
+    pool.evict([mine])
+    assert pool.lookup([name(one) for one in range(1, 6)]).index(None) == 2
+    assert (pool.free(), blocks.get_num_free_blocks()) == (8, 8)
+    assert pool.take(1) == [mine]
+
+
 def test_a_hash_that_is_cached_is_not_published_again(pool: compat.GpuPool, blocks: BlockPool) -> None:
     (first,) = cached(pool, [1])
     second = pool.take(1)
@@ -299,6 +309,15 @@ def test_reserve_adds_up_over_running_loading_and_waiting_requests() -> None:
     found = survey(running, loading, waiting, loaded, preempted, scheduled={"a": 16})
     assert found.reserve_blocks == (5 - 3) + (7 - 6) + 7 + (7 - 6) + 4
     assert (found.running, found.waiting) == (2, 3)
+    # Those that hold blocks.
+    assert (found.holders, found.missing) == (3, (5 - 3) + (7 - 6) + (7 - 6))
+
+
+def test_requests_that_are_given_blocks_are_among_their_holders() -> None:
+    holders = compat.Holders(seats=4)
+    holders.add(request(64), 2, TOKENS)
+    holders.add(request(64), 5, TOKENS)
+    assert (holders.count, holders.missing) == (2, 5 - 2)
 
 
 def test_a_finished_request_needs_nothing() -> None:

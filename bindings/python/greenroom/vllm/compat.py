@@ -450,7 +450,9 @@ class Survey:
     reserve_blocks: int = 0
     """Blocks that must stay free: see ``survey``."""
     missing: int = 0
-    """Those of them that running and loading requests need."""
+    """Those of them that requests need which hold blocks."""
+    holders: int = 0
+    """These requests: those that run, load or have been loaded."""
     waiting: int = 0
     running: int = 0
     """Loading ones, too."""
@@ -494,12 +496,16 @@ def survey(turns: Iterable[Turn], scheduled: Mapping[str, int], block_tokens: in
             result.running += 1
             result.missing += max(0, _blocks(tokens + 1 + ahead, size) - _blocks(computed, size))
         elif not RequestStatus.is_finished(status):
+            result.waiting += 1
             if computed == 0:
                 # A preempted request is among these: what it had computed is gone and will fill anew.
                 turn.filled = 0
-            result.waiting += 1
-            result.reserve_blocks += _blocks(tokens + 1, size) - _blocks(computed, size)
+                result.reserve_blocks += _blocks(tokens + 1, size)
+            else:
+                result.holders += 1
+                result.missing += _blocks(tokens + 1, size) - _blocks(computed, size)
     result.reserve_blocks += result.missing
+    result.holders += result.running
     return result
 
 

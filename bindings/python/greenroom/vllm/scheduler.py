@@ -108,7 +108,7 @@ class SchedulerSide:
         for turn, start, end in survey.filled:
             request = turn.request
             self._hooks.blocks_filled(request.request_id, end, b"".join(request.block_hashes[start:end]))
-        self._holders.count, self._holders.missing = survey.running, survey.missing
+        self._holders.count, self._holders.missing = survey.holders, survey.missing
         plan = self._hooks.plan(self._pool, survey.reserve_blocks, survey.handed_out, self._activity(survey))
         return StepMetadata(plan=plan or b"")
 
