@@ -62,7 +62,7 @@ pub fn admit(pool: PoolFacts, demand: Demand) -> Admission {
 /// Blocks by which each request that holds some is taken to grow before one of them ends.
 ///
 /// Of the same arrivals in a pool so small that requests fall (`python -m harness.arrivals`, 20 seeds, 66 preemptions
-/// without Greenroom), those with loads fell 101 times without this rule, 67 times with one block each, 48 with two.
+/// without Greenroom), those with loads fell 101 times without this rule, 67 times with one block each, 41 with two.
 pub const GROWTH_BLOCKS: usize = 2;
 
 /// The requests that hold blocks of the engine's pool: those that run, and those whose load is being copied.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,8 @@ from support.servers import Sidecar
 SHARED_PROMPTS = 3
 TOOLS = ("bash", "python", "browser", "AskUserQuestion")
 SETTLE_STEPS = 20_000
+SETTLE_S = 20.0
+"""Steps of an engine that only waits for the sidecar take no time."""
 GIVE_BACK_S = 20
 
 
@@ -32,9 +35,13 @@ class WorldOptions:
     prompt_tokens: tuple[int, int] = (1, 90)
     """A turn's new tokens."""
     answer_tokens: tuple[int, int] = (1, 12)
+    long_answer_tokens: tuple[int, int] = (40, 90)
+    """More than a load leaves room for: requests fall, in the middle of saves."""
+    long_share: float = 0.12
+    """Of the answers."""
     session_tokens_max: int = 480
     """Then the session ends and a new one takes its place."""
-    at_once: tuple[int, int] = (1, 6)
+    at_once: tuple[int, int] = (1, 9)
     """Requests under way, running or waiting, at most: drawn anew now and then, busy times follow quiet ones."""
     tide_rounds: int = 150
     hint_share: float = 0.15
@@ -47,7 +54,7 @@ class WorldOptions:
     tool_rounds: tuple[int, int] = (1, 40)
     return_rounds: tuple[int, int] = (0, 12)
     """From the end of a tool to the next request."""
-    late_share: float = 0.05
+    late_share: float = 0.12
     """Of the rounds: the copies that follow are late, in builds with fault points."""
     late_copies: int = 2
     late_ms: int = 3
@@ -174,6 +181,10 @@ class World:
             "retire": self._retire,
         }
 
+    def _answer_tokens(self) -> int:
+        is_long = self._rng.random() < self.options.long_share
+        return self._rng.randint(*(self.options.long_answer_tokens if is_long else self.options.answer_tokens))
+
     def _words(self, count: int) -> list[int]:
         return [self._rng.randrange(VOCABULARY) for _ in range(count)]
 
@@ -226,8 +237,12 @@ class World:
         """Lets every request end; then nothing may be left."""
         if self._sidecar_returns is not None:
             self._bring_back()
-        done = self.engine.run(SETTLE_STEPS)
-        assert done, f"the engine has work after {SETTLE_STEPS} steps: {self.engine.alive()} hang"
+        deadline = time.monotonic() + SETTLE_S
+        while not self.engine.run(SETTLE_STEPS):
+            state = (self.engine.alive(), self.engine.figures(), self._hints.sidecar.get("/v1/status"))
+            assert time.monotonic() < deadline, (
+                f"the engine has work after {SETTLE_S} s; requests, figures, sidecar: {state}"
+            )
         self._take_answers()
         assert not self._by_request, f"requests that never ended: {list(self._by_request)}"
         self.engine.check_pool()
@@ -268,7 +283,7 @@ class World:
             request = f"request-{self._requests}"
         agent.request, agent.sent, agent.tool_ends, agent.returns = request, len(agent.tokens), None, None
         self._by_request[request] = agent
-        self.engine.add(request, agent.tokens, self._rng.randint(*self.options.answer_tokens), agent.name)
+        self.engine.add(request, agent.tokens, self._answer_tokens(), agent.name)
 
     def _abort(self, request: str) -> None:
         agent = self._by_request[request]
