@@ -7,7 +7,7 @@ import dataclasses
 import time
 
 from support.completions import Ask
-from support.flood import at_once, flood_asks, prompt, together
+from support.flood import FLOOD_MAX_TOKENS, at_once, flood_asks, prompt, together
 from support.process import wait_until
 from support.servers import Rig, VllmServer
 
@@ -31,6 +31,7 @@ class Plan:
     agents: int = 2
     plain_agents: int = 4
     seed: int = 1
+    flood_answer_tokens: int = FLOOD_MAX_TOKENS
     block_size: int = 32
 
     def full_blocks(self) -> int:
@@ -126,7 +127,9 @@ class Greenroom:
 
     def _flood(self) -> bool:
         """Other agents run turns that need the whole pool at one moment. Whether there was such a moment."""
-        return at_once(together(self._rig.vllm, flood_asks(self._rig.vllm, FLOOD_AGENTS, "flood", self._plan.seed)))
+        plan = self._plan
+        asks = flood_asks(self._rig.vllm, FLOOD_AGENTS, "flood", plan.seed, plan.flood_answer_tokens)
+        return at_once(together(self._rig.vllm, asks))
 
     def _loaded(self) -> int:
         """Tokens that requests found in the arena and not on the GPU, by vLLM's own count."""

@@ -41,6 +41,8 @@ class Turn:
     end: float | None
     hashes: list[str]
     """Full blocks of its prompt."""
+    aborted: bool = False
+    """Its client hung up before it ended."""
 
 
 @dataclasses.dataclass
@@ -112,7 +114,7 @@ class _Judge:
             self.audit.turns[turn.request_id] = turn
         elif event == "finished":
             turn = self.audit.turns[record["id"]]
-            self.audit.turns[turn.request_id] = dataclasses.replace(turn, end=at)
+            self.audit.turns[turn.request_id] = dataclasses.replace(turn, end=at, aborted=record["aborted"])
         elif event == "planned":
             slots = [(record["boot"], slot) for slot in record["slots"]]
             self.audit.spans[name] = (at, math.inf)

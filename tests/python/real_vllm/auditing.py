@@ -86,7 +86,7 @@ class AuditingConnector(GreenroomConnector):
         return meta
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        self._witness.say("finished", id=request.request_id)
+        self._witness.say("finished", id=request.request_id, aborted=request.status.name == "FINISHED_ABORTED")
         return super().request_finished(request, block_ids)
 
     def reset_cache(self) -> bool:

@@ -17,7 +17,9 @@ ORDER = (
     "test_death",
     "test_lora",
     "test_two_ranks",
+    "test_demo_arms",
     "test_idle",
+    "test_stopped",
     "test_embedded",
     "test_026",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,10 +50,12 @@ class Harness:
 
     def __init__(self, sidecar: Sidecar) -> None:
         self._sidecar = sidecar
-        self.outcomes: dict[str, int] = {}
+        self.happened: Counter[str] = Counter()
+        """Signals by name; hints and events also with what they were answered."""
 
     def send(self, signal: Signal) -> None:
         getattr(self, signal.call)(signal)
+        self.happened[signal.call] += 1
 
     def tool_start(self, signal: Signal) -> None:
         eta = {"eta_ms": signal.number} if signal.number else {}
@@ -91,15 +94,18 @@ class Harness:
         assert outcome != "rejected", result
         if signal.session.startswith("nobody"):
             assert outcome == "missing", result
-        self.outcomes[f"{kind} {outcome}"] = self.outcomes.get(f"{kind} {outcome}", 0) + 1
+        self.happened[f"{kind} {outcome}"] += 1
         return result
 
     def _event(self, signal: Signal, event: str, body: dict[str, Any], allowed: tuple[int, ...] = (200,)) -> None:
+        status = 200
         try:
             self._sidecar.post(f"/v1/sessions/{signal.session}/{event}", body)
         except HttpError as error:
-            if error.status not in allowed:
+            status = error.status
+            if status not in allowed:
                 raise
+        self.happened[f"{event} {status}"] += 1
 
 
 @dataclasses.dataclass(frozen=True)

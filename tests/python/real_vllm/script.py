@@ -17,14 +17,18 @@ from support.make_model import PRESETS
 BLOCK = 32
 SESSIONS = 20
 """Sessions at a time; one whose prompt gets too long ends, and another begins."""
-SQUEEZERS = 4
+SQUEEZERS = 8
 """Sessions that together do not fit: see `squeeze`."""
 SHARED_PREFIXES = 2
 SHARED_TOKENS = 9 * BLOCK + 5
 PROMPT_MAX = 1700
 WAVE_MAX = 4
 ABORT_SHARE = 0.1
-SQUEEZE_EVERY = 12
+RETIRE_EVERY = 2
+"""One in so many of the sessions that end says so, the first one too."""
+SQUEEZE_SHARE = 0.6
+"""Of the pool, for their prompts: they are admitted together, although they do not come at the same moment."""
+SQUEEZE_EVERY = 20
 """Waves from one squeeze to the next."""
 
 assert PRESETS["tiny"].vocab > HIGHEST_TOKEN
@@ -119,7 +123,7 @@ class _Author:
         wave = Wave([])
         for session in chosen:
             if session.tokens > PROMPT_MAX - 200:
-                if self.rng.random() < 0.3:
+                if (self._born - SESSIONS) % RETIRE_EVERY == 0:
                     wave.signals.append(Signal("retire", session.name))
                 self._sessions.remove(session)
                 session = _Session(f"agent-{self._born}")
@@ -130,13 +134,15 @@ class _Author:
         self.waves.append(wave)
 
     def squeeze(self) -> None:
-        """Prompts that fill the pool together and answers that do not fit any more: vLLM has to preempt."""
-        tokens = (self._pool_blocks - 1 - SQUEEZERS) // SQUEEZERS * BLOCK - 16
+        """Prompts that fit into the pool together, and longer answers that do not: vLLM has to preempt."""
+        blocks = int(self._pool_blocks * SQUEEZE_SHARE) // SQUEEZERS
+        tokens = blocks * BLOCK - 16
         wave = Wave([])
         for session in self._squeezers:
             # Its history stays what it began with: the prompt does not grow.
             first = session.tokens == 0
-            turn = self._turn(session, self._tokens(tokens - 3 * BLOCK if first else 3 * BLOCK), 5 * BLOCK)
+            new = self._tokens(tokens - 3 * BLOCK if first else 3 * BLOCK)
+            turn = self._turn(session, new, blocks * BLOCK * 3 // 2)
             wave.turns.append(dataclasses.replace(turn, keeps="prompt" if first else "nothing"))
         self.waves.append(wave)
 

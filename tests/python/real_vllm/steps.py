@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from real_vllm.rigs import PLAIN
@@ -15,6 +17,8 @@ BLOCK = 32
 SAVED_S = 30
 READY_S = 30
 CONNECTED_S = 30
+QUIET_S = 1.0
+QUIET_WAIT_S = 60
 
 
 def tokens_of(blocks: int) -> int:
@@ -49,6 +53,20 @@ def wait_back(rig: Rig, session: str, blocks: int) -> None:
         return known is not None and known["state"] == "ready" and known["blocks"]["gpu"] >= blocks
 
     wait_until(f"{session} back on the GPU", back, READY_S)
+
+
+def wait_quiet(what: str, figure: Callable[[], float]) -> None:
+    """Returns when this figure has not moved for a while."""
+    last = (figure(), time.monotonic())
+
+    def quiet() -> bool:
+        nonlocal last
+        now = (figure(), time.monotonic())
+        if now[0] != last[0]:
+            last = now
+        return now[1] - last[1] > QUIET_S
+
+    wait_until(what, quiet, QUIET_WAIT_S)
 
 
 def wait_connected(sidecar: Sidecar, workers: int = 1) -> None:

@@ -134,5 +134,6 @@ def test_what_was_running_at_a_time_is_known_afterwards() -> None:
 
 def test_turns_are_found_by_the_name_their_client_gave() -> None:
     requests = [record("request", id=f"cmpl-turn{n}-0-8f", hashes=["a"]) for n in (1, 11)]
-    audit = judge([*requests, {**record("finished", id="cmpl-turn11-0-8f"), "at": 2.0}])
+    audit = judge([*requests, {**record("finished", id="cmpl-turn11-0-8f", aborted=True), "at": 2.0}])
     assert (audit.turn("turn1").end, audit.turn("turn11").end) == (None, 2.0)
+    assert (audit.turn("turn1").aborted, audit.turn("turn11").aborted) == (False, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,6 +31,7 @@ KILL_AT_MAX = 8
 """The sidecar dies when so many of the round's copy jobs have begun, at most; a round has about as many."""
 REQUEST_S = 120
 DRAINED_S = 30
+STOPPED_S = 10
 
 
 def asks_of(round_: int, seed: int) -> list[Ask]:
@@ -111,9 +113,7 @@ def test_a_new_vllm_hits_what_the_sidecar_kept(engines: Engines, witness: Follow
         # Died in the middle of these, whose clients lose their connection.
         for one in others:
             pool.submit(lost, rig, one)
-        before = len(witness.audit().spans)
-        wait_until("copies in flight", lambda: len(witness.audit().spans) > before, 60, poll_s=0)
-        rig.vllm.kill()
+        kill_while_it_copies(rig, witness)
     wait_until("the engine's leave", lambda: not rig.sidecar.get("/v1/status")["engines"], DRAINED_S)
     wait_until("the return of draining slots", lambda: draining(rig) == 0, DRAINED_S)
     status = rig.sidecar.get("/v1/status")
@@ -125,6 +125,27 @@ def test_a_new_vllm_hits_what_the_sidecar_kept(engines: Engines, witness: Follow
     assert answer.cached_tokens == 30 * steps.BLOCK
     assert answer.tokens == expected
     assert not witness.audit().problems
+
+
+def kill_while_it_copies(rig: Rig, witness: Follower) -> None:
+    """Stopped first: it is killed only if a copy was then running, which ends within milliseconds otherwise."""
+    process = rig.vllm.process
+    assert process is not None
+    dead = set(witness.audit().open)
+
+    def is_caught() -> bool:
+        if not witness.audit().open - dead:
+            return False
+        process.signal_group(signal.SIGSTOP)
+        wait_until("vLLM's standstill", lambda: all(one.stopped for one in process.members()), STOPPED_S)
+        if witness.audit().open - dead:
+            return True
+        process.signal_group(signal.SIGCONT)
+        return False
+
+    wait_until("copies in flight", is_caught, REQUEST_S, poll_s=0)
+    rig.vllm.kill()
+    assert witness.audit().open - dead, "no copy was running when vLLM died"
 
 
 def lost(rig: Rig, ask: Ask) -> None:

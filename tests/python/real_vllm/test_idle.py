@@ -22,8 +22,8 @@ MEASURED_S = 10.0
 ENGINE_SHARE_MAX = 0.03
 """Of one core: EngineCore and worker together."""
 SIDECAR_SHARE_MAX = 0.02
-QUIET_S = 1.0
-QUIET_WAIT_S = 60
+PAUSED_S = 2.0
+"""More than an engine takes to tell of a copy."""
 STOP_S = 60
 RESET_S = 30
 
@@ -39,17 +39,12 @@ def wait_for_tools(rig: Rig, blocks: int) -> list[Ask]:
     for ask in asks:
         steps.first_turn(rig, ask)
         rig.sidecar.post(f"/v1/sessions/{ask.session}/tool_start", {"tool": "bash"})
-    last = (copied(rig), time.monotonic())
-
-    def quiet() -> bool:
-        nonlocal last
-        now = (copied(rig), time.monotonic())
-        if now[0] != last[0]:
-            last = now
-        return now[1] - last[1] > QUIET_S
-
-    wait_until("the end of copies", quiet, QUIET_WAIT_S)
+    wait_copied(rig)
     return asks
+
+
+def wait_copied(rig: Rig) -> None:
+    steps.wait_quiet("the end of copies", lambda: copied(rig))
 
 
 def copied(rig: Rig) -> float:
@@ -94,14 +89,35 @@ def test_waiting_sessions_cost_no_processor_time(
     assert sidecar <= SIDECAR_SHARE_MAX
 
 
+def is_evicted(rig: Rig, session: str) -> bool:
+    """Whether it is in the arena and has nothing on the GPU."""
+    known = rig.sidecar.session(session)
+    return known is not None and (known["state"], known["blocks"]["gpu"]) == ("host", 0)
+
+
 def test_pause_and_resume_while_sessions_wait(rig: Rig, waiting: list[Ask]) -> None:
     for mode in ("abort", "wait", "keep"):
-        rig.vllm.pause(mode)
+        wait_copied(rig)
+        ask = next(ask for ask in waiting if is_evicted(rig, str(ask.session)))
+        session = str(ask.session)
+        rig.vllm.pause(mode, clear_cache=False)
         # A paused engine starts nothing; the hint is not lost.
-        rig.sidecar.post(f"/v1/sessions/{waiting[0].session}/tool_end", {})
+        before = copied(rig)
+        rig.sidecar.post(f"/v1/sessions/{session}/tool_end", {})
+        # Nothing tells that an engine has let a hint lie: this is the time that it has to do otherwise.
+        time.sleep(PAUSED_S)
+        assert (copied(rig), is_evicted(rig, session)) == (before, True), mode
         rig.vllm.resume()
-        assert len(rig.vllm.ask(waiting[1], timeout_s=60).tokens) == waiting[1].max_tokens
-        rig.sidecar.post(f"/v1/sessions/{waiting[1].session}/tool_start", {"tool": "bash"})
+        steps.wait_back(rig, session, BEYOND)
+        loaded = steps.loaded(rig.vllm)
+        answer = rig.vllm.ask(ask, timeout_s=60)
+        assert (len(answer.tokens), answer.cached_tokens) == (ask.max_tokens, BEYOND * steps.BLOCK)
+        assert steps.loaded(rig.vllm) == loaded
+        rig.sidecar.post(f"/v1/sessions/{session}/tool_start", {"tool": "bash"})
+    # Without being told otherwise vLLM pauses for new weights: nothing of before is an answer to anything.
+    rig.vllm.pause()
+    rig.vllm.resume()
+    assert rig.vllm.ask(waiting[0], timeout_s=60).cached_tokens == 0
 
 
 def reset(rig: Rig, external: bool = False) -> None:

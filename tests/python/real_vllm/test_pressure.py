@@ -12,16 +12,18 @@ from real_vllm import steps
 from real_vllm.audit import Follower
 from real_vllm.harness import hints
 from real_vllm.rigs import AUDITED, PATIENT
-from support.completions import Ask
+from support.completions import MODEL_NAME, Ask
 from support.engines import Engines
 from support.flood import prompt
 from support.process import wait_until
-from support.rest import raw
+from support.rest import call, raw
 from support.servers import Rig
 
 SESSIONS = 12
 BLOCKS = 30
 """Blocks of each session: together more than twice the pool."""
+SMALL = "2MiB"
+"""An arena that others fill with less than half of the pool."""
 
 
 @pytest.fixture
@@ -43,11 +45,22 @@ def crowd(rig: Rig) -> Iterator[list[Ask]]:
         raw("DELETE", f"{rig.sidecar.url}/v1/sessions/{ask.session}")
 
 
-def test_hints_for_more_than_fits_are_answered_truly(rig: Rig, crowd: list[Ask], engines: Engines) -> None:
+def test_hints_for_more_than_fits_are_answered_truly(
+    rig: Rig, crowd: list[Ask], engines: Engines, witness: Follower
+) -> None:
+    def wait_settled() -> None:
+        """Who is back stays: sessions that push each other out never get there."""
+        steps.wait_quiet("the end of copies", lambda: len(witness.audit().spans))
+
+    wait_settled()
+    before = witness.audit().count("prefetch")
     results = hints(rig.sidecar, "all-at-once", *[("kv.prefetch", str(ask.session)) for ask in crowd])
     outcomes = [result["outcome"] for result in results]
     assert set(outcomes) <= {"accepted", "clipped", "deferred"}, outcomes
     assert {"clipped", "deferred"} & set(outcomes), outcomes
+    wait_settled()
+    fetched = witness.audit().count("prefetch") - before
+    assert fetched <= AUDITED.gpu_blocks, "what had just been fetched was fetched again"
     # All of them come at once, and none waits for ever.
     with ThreadPoolExecutor(SESSIONS) as pool:
         answers = list(pool.map(lambda ask: rig.vllm.ask(ask, 120), crowd))
@@ -111,6 +124,14 @@ def test_a_request_says_whose_it_is(rig: Rig, session: str, more: dict[str, Any]
     assert rig.sidecar.session("not-this") is None
 
 
+def test_a_message_by_anthropics_route_says_whose_it_is(rig: Rig) -> None:
+    body = {"model": MODEL_NAME, "max_tokens": 2, "messages": [{"role": "user", "content": "bash, please"}]}
+    call("POST", f"{rig.vllm.url}/v1/messages", body, {"X-Session-ID": "by-message"})
+    known = rig.sidecar.session("by-message")
+    assert known is not None
+    assert known["turns"] == 1
+
+
 def test_a_request_that_says_nothing_joins_the_longest_prefix(rig: Rig) -> None:
     def turns() -> dict[str, int]:
         return {one["id"]: one["turns"] for one in rig.sidecar.get("/v1/sessions")["sessions"]}
@@ -165,14 +186,41 @@ def test_a_retired_session_is_freed_everywhere(rig: Rig) -> None:
     assert rig.vllm.ask(ask).cached_tokens == 0
 
 
-def test_pinned_blocks_are_still_there(rig: Rig) -> None:
-    ask = steps.agent("pinned", 10)
+@pytest.fixture
+def small(rig: Rig) -> Iterator[Rig]:
+    """The same engine with a small arena."""
+    memory = rig.sidecar.memory
+    rig.sidecar.restart(SMALL)
+    steps.wait_connected(rig.sidecar)
+    yield rig
+    rig.sidecar.restart(memory)
+    steps.wait_connected(rig.sidecar)
+
+
+def test_pinned_blocks_are_still_there(small: Rig) -> None:
+    rig = small
+
+    def wait_evicted(session: str) -> None:
+        """Others have taken the pool, and their blocks this session's place in the arena."""
+        steps.evict(rig, f"instead-of-{session}")
+        wait_until(f"eviction of {session}", lambda: steps.blocks_on(rig.sidecar, session, "host") == 0, steps.SAVED_S)
+
+    # The pinned one is the older of the two: it would have to go first.
+    ask, other = steps.agent("pinned", 10), steps.agent("not-pinned", 10)
     steps.first_turn(rig, ask)
     (result,) = hints(rig.sidecar, "pin-it", ("kv.pin", "pinned"))
     assert (result["outcome"], result["blocks"]) == ("accepted", 10)
+    steps.first_turn(rig, other)
+    wait_evicted("not-pinned")
     known = rig.sidecar.session("pinned")
     assert known is not None
-    assert known["blocks"]["pinned"] == 10
+    assert (known["blocks"]["host"], known["blocks"]["pinned"]) == (10, 10)
+    before = steps.loaded(rig.vllm)
+    assert rig.vllm.ask(other).cached_tokens == 0
+    assert rig.vllm.ask(ask).cached_tokens == 10 * steps.BLOCK
+    assert steps.loaded(rig.vllm) - before == 10 * steps.BLOCK
+
     (result,) = hints(rig.sidecar, "unpin-it", ("kv.unpin", "pinned"))
     assert result["outcome"] == "accepted"
     wait_until("no pins", lambda: rig.sidecar.get("/v1/status")["tiers"]["host"]["slots_pinned"] == 0, 5)
+    wait_evicted("pinned")

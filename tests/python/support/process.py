@@ -48,6 +48,8 @@ class Member:
     title: str
     cpu_s: float
     rss_anon_bytes: int
+    stopped: bool
+    """By a signal."""
 
 
 class Process:
@@ -89,6 +91,11 @@ class Process:
         """To the leader only, as an operator's `kill` would."""
         if self.running():
             self._popen.send_signal(number)
+
+    def signal_group(self, number: int) -> None:
+        """To the child and everything it started."""
+        if self.running():
+            os.killpg(self.pid, number)
 
     def kill_group(self) -> None:
         """SIGKILL for the child and everything it started; returns when all of them are gone."""
@@ -144,7 +151,7 @@ def _member(entry: Path, group: int) -> Member | None:
         return None
     rss = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:")), 0)
     cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return Member(int(entry.name), title, cpu_s, rss)
+    return Member(int(entry.name), title, cpu_s, rss, stopped=fields[0] in "Tt")
 
 
 @atexit.register

@@ -58,6 +58,7 @@ class Sidecar:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = LOGS / f"{name}-{self.port}.log"
+        self.memory = memory
         self._name = name
         self._command = [
             str(greenroom_binary()),
@@ -95,6 +96,13 @@ class Sidecar:
         """SIGTERM; the exit status."""
         assert self.process is not None, "the sidecar was never started"
         return self.process.terminate(timeout_s)
+
+    def restart(self, memory: str) -> None:
+        """Ends it and starts it with an arena of this size; its engines connect again by themselves."""
+        self.stop()
+        self.memory = memory
+        self._command[self._command.index("--memory") + 1] = memory
+        self.start()
 
     def get(self, path: str) -> Any:
         return rest.call("GET", self.url + path)
@@ -281,8 +289,9 @@ class VllmServer:
         # 0.26 answers with an empty body.
         return True if answer is None else bool(answer["success"])
 
-    def pause(self, mode: str = "abort") -> None:
-        rest.call("POST", self.url + f"/pause?mode={mode}")
+    def pause(self, mode: str = "abort", clear_cache: bool = True) -> None:
+        """`clear_cache`: all KV is dropped, Greenroom's too; vLLM's mode `keep` never does that."""
+        rest.call("POST", self.url + f"/pause?mode={mode}&clear_cache={str(clear_cache).lower()}")
 
     def resume(self) -> None:
         rest.call("POST", self.url + "/resume")
