@@ -15,6 +15,7 @@ os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import dataclasses
+import time
 import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,8 @@ from support.servers import greenroom_transfer_config, model_folder
 
 TOKENS_MAX = 1 << 15
 READY_S = 20
+SETTLE_S = 20.0
+"""Not a number of steps: one that only waits for the sidecar takes no time."""
 BATCHES_AHEAD = 2
 """With the asynchronous scheduler a batch is scheduled while the one before it is out, as in vLLM."""
 
@@ -479,6 +482,10 @@ class Engine:
             self.weights = 1 + max((weights for weights, _ in self.first_digests), default=0)
         return bool(done)
 
-    def run(self, steps_max: int) -> bool:
-        """Steps until there is nothing to do; false if that takes more than ``steps_max``."""
-        return any(not self.step() for _ in range(steps_max))
+    def run(self) -> bool:
+        """Steps until there is nothing to do; false if that takes more than ``SETTLE_S``."""
+        deadline = time.monotonic() + SETTLE_S
+        while self.step():
+            if time.monotonic() > deadline:
+                return False
+        return True

@@ -122,7 +122,7 @@ def test_sessions_that_exceed_the_pool(sidecar: Sidecar, seed: int, asynchronous
         """These sessions send a request at once."""
         for session in sessions:
             engine.add(f"{session}-{name}", prompts[session], 1, session)
-        assert engine.run(10_000), f"{engine.alive()} hang"
+        assert engine.run(), f"{engine.alive()} hang, or {engine.figures()}"
         answers, engine.answers = engine.answers, []
         return {answer.request.removesuffix(f"-{name}"): answer.tokens for answer in answers}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import random
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +19,6 @@ from support.servers import Sidecar
 SHARED_PROMPTS = 3
 TOOLS = ("bash", "python", "browser", "AskUserQuestion")
 SETTLE_STEPS = 20_000
-SETTLE_S = 20.0
-"""Steps of an engine that only waits for the sidecar take no time."""
 GIVE_BACK_S = 20
 
 
@@ -237,12 +234,9 @@ class World:
         """Lets every request end; then nothing may be left."""
         if self._sidecar_returns is not None:
             self._bring_back()
-        deadline = time.monotonic() + SETTLE_S
-        while not self.engine.run(SETTLE_STEPS):
-            state = (self.engine.alive(), self.engine.figures(), self._hints.sidecar.get("/v1/status"))
-            assert time.monotonic() < deadline, (
-                f"the engine has work after {SETTLE_S} s; requests, figures, sidecar: {state}"
-            )
+        if not self.engine.run():
+            status = self._hints.sidecar.get("/v1/status")
+            raise AssertionError(f"no rest: requests {self.engine.alive()}, {self.engine.figures()}, sidecar {status}")
         self._take_answers()
         assert not self._by_request, f"requests that never ended: {list(self._by_request)}"
         self.engine.check_pool()
