@@ -404,7 +404,7 @@ class GpuPool:
         self._pool.free_blocks([self._pool.blocks[one] for one in blocks])
 
     def evict(self, blocks: Sequence[int]) -> None:
-        """Takes unreferenced blocks out of the prefix cache; vLLM puts what caches nothing at the head of the free list."""
+        """Takes unreferenced blocks out of the prefix cache; what caches nothing is handed out next."""
         self._pool.evict_blocks(set(blocks))
         self.reference(blocks)
         self.release(blocks)
