@@ -5,9 +5,10 @@ cache nor Greenroom's arena can help (`cached_tokens` must be 0). Two starts of 
 by the pages that the kernel happens to give: more than Greenroom costs. So the server with Greenroom and the one
 without are one process, out of which the connector is taken between two blocks (`switched`). A *set* is four blocks in
 random order: one with Greenroom, two without, and one of a stock server that never had a connector. A *round* starts
-both servers anew and makes some sets. Of each set, Greenroom's speed over the mean of the two without is one pair; the
+both servers anew and makes some sets. Of each set, Greenroom's speed over the mean of the two without is a ratio; the
 two, which differ by nothing but chance, are the noise floor; and that mean over the stock server shows, as far as two
-starts can be compared, that a server without its connector is a stock one.
+starts can be compared, that a server without its connector is a stock one. What a start costs by chance all its sets
+share, so that a round counts once, with the median of its sets.
 
 Both servers compute on the same cores, named outright: left to itself vLLM's CPU build reserves a core for a connector,
 and where that leaves none (on two cores) it reserves nothing and computes on all of them, so that the servers would
@@ -30,7 +31,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,12 @@ from support.servers import (
     last_core,
 )
 
-ROUNDS = 5
-SETS = 8
+ROUNDS = 8
+ROUNDS_MIN = 8
+SETS = 4
 """Of a round, after one that warms up."""
-SETS_MIN = 30
-"""Valid ones, of all rounds."""
+SETS_MIN = 3
+"""Valid ones, of a round that counts."""
 REQUESTS = 12
 SECONDS = 2400.0
 CONCURRENCY = 4
@@ -243,23 +245,31 @@ def problem(block: Block, tokens: int, whole: int) -> str | None:
     return None
 
 
-def sets(blocks: Sequence[Block]) -> list[dict[str, float]]:
-    """Tokens per second of each arm, of the sets whose blocks are all valid."""
-    found: dict[tuple[int, int], dict[str, float]] = {}
+def rounds(blocks: Sequence[Block]) -> list[list[dict[str, float]]]:
+    """Tokens per second of each arm: the sets, whose blocks are all valid, of the rounds with enough of them."""
+    found: dict[int, dict[int, dict[str, float]]] = {}
     for block in blocks:
         if block.problem is None:
-            found.setdefault((block.round, block.set), {})[block.arm] = block.tokens_s
-    return [speeds for _, speeds in sorted(found.items()) if len(speeds) == len(ARMS)]
+            found.setdefault(block.round, {}).setdefault(block.set, {})[block.arm] = block.tokens_s
+    valid_sets = ([speeds for speeds in sets.values() if len(speeds) == len(ARMS)] for sets in found.values())
+    return [sets for sets in valid_sets if len(sets) >= SETS_MIN]
 
 
 def comparisons(blocks: Sequence[Block], seed: int) -> list[Comparison]:
     """With over without, without over without, without over stock."""
-    speeds = sets(blocks)
-    without = [statistics.fmean(each[arm] for arm in FLOOR) for each in speeds]
-    ratio = [(each["greenroom"], mean) for each, mean in zip(speeds, without, strict=True)]
-    floor = [(each[FLOOR[0]], each[FLOOR[1]]) for each in speeds]
-    starts = [(mean, each["stock"]) for each, mean in zip(speeds, without, strict=True)]
-    return [compare_pairwise(names, pairs, seed) for names, pairs in ((RATIO, ratio), (FLOOR, floor), (STARTS, starts))]
+
+    def without(speeds: dict[str, float]) -> float:
+        return statistics.fmean(speeds[arm] for arm in FLOOR)
+
+    kinds: dict[tuple[str, str], Callable[[dict[str, float]], float]] = {
+        RATIO: lambda speeds: speeds["greenroom"] / without(speeds),
+        FLOOR: lambda speeds: speeds[FLOOR[0]] / speeds[FLOOR[1]],
+        STARTS: lambda speeds: without(speeds) / speeds["stock"],
+    }
+    return [
+        compare_pairwise(names, [(statistics.median(map(ratio, sets)), 1.0) for sets in rounds(blocks)], seed)
+        for names, ratio in kinds.items()
+    ]
 
 
 def bars(made: Sequence[Comparison]) -> list[Bar]:
@@ -269,11 +279,11 @@ def bars(made: Sequence[Comparison]) -> list[Bar]:
 
 def reasons(blocks: Sequence[Block]) -> list[str]:
     """Why the run proves nothing; empty if it is valid."""
-    count = len(sets(blocks))
-    if count >= SETS_MIN:
+    count = len(rounds(blocks))
+    if count >= ROUNDS_MIN:
         return []
     problems = sorted({block.problem for block in blocks if block.problem})
-    return [f"{count} valid sets of {SETS_MIN} wanted" + "".join(f"; {one}" for one in problems[:3])]
+    return [f"{count} valid rounds of {ROUNDS_MIN} wanted" + "".join(f"; {one}" for one in problems[:3])]
 
 
 def valid(blocks: Sequence[Block], arm: str) -> list[Block]:
@@ -294,7 +304,7 @@ def table(blocks: Sequence[Block], made: Sequence[Comparison]) -> str:
     for each, label in zip(made, ("", "  (noise floor)", "  (two starts)"), strict=True):
         interval = f"{each.ci95[0]:.4f} to {each.ci95[1]:.4f}"
         name = f"{each.a} ÷ {each.b}"
-        lines.append(f"{name:<22} P50 ratio {each.p50_ratio:.4f}   95 % {interval}, {each.pairs} sets{label}")
+        lines.append(f"{name:<22} P50 ratio {each.p50_ratio:.4f}   95 % {interval}, {each.pairs} rounds{label}")
     idle = max((block.idle_cpu_share for block in blocks), default=float("nan"))
     saved = min((block.saved_share for block in blocks if block.saved_share is not None), default=float("nan"))
     cached = sum(block.cached_tokens for block in blocks)
@@ -368,7 +378,7 @@ def sides(number: int) -> Iterator[tuple[Switched, Side]]:
 def main(options: argparse.Namespace) -> int:
     began = time.monotonic()
     facts = report.facts(options.seed, CONFIG.version)
-    say(f"A round, four to five minutes: two servers started anew, {SETS} sets of {len(ARMS)} blocks.")
+    say(f"A round, three minutes: two servers started anew, {SETS} sets of {len(ARMS)} blocks.")
     say(f"A block: {options.requests} requests of {PROMPT_TOKENS} + {ANSWER_TOKENS} tokens, {CONCURRENCY} at once.")
     blocks = measure(options)
     made = comparisons(blocks, options.seed)
