@@ -16,6 +16,7 @@ ORDER = (
     "test_pressure",
     "test_death",
     "test_lora",
+    "test_speculation",
     "test_two_ranks",
     "test_demo_arms",
     "test_idle",
