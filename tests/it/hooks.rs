@@ -19,6 +19,12 @@ fn saved(engine: &mut Engine, sidecar: &Sidecar, name: &str, blocks: u64) {
     });
 }
 
+/// A turn of a session that is in the arena in full when this returns.
+fn turn_and_save(engine: &mut Engine, sidecar: &Sidecar, name: &str, chain: &[kvstore::BlockHash]) {
+    engine.turn(Some(name), chain);
+    saved(engine, sidecar, name, chain.len() as u64);
+}
+
 /// Other traffic until nothing of a session is left in the pool: after one flood, holds may have kept some of it.
 fn evict(engine: &mut Engine, chain: &[kvstore::BlockHash]) {
     for round in 0..100 {
@@ -68,8 +74,7 @@ fn a_tool_end_brings_the_session_back_before_its_request() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     evict(&mut engine, &mine);
     assert_eq!(engine.pool.leading(&mine), 0);
     sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
@@ -92,8 +97,7 @@ fn a_waiting_session_comes_back_when_there_is_room() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     evict(&mut engine, &mine);
     engine.reserve = 80;
     sidecar.post(
@@ -118,8 +122,7 @@ fn a_person_is_not_waited_for_with_blocks() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     evict(&mut engine, &mine);
     sidecar.post(
         "/v1/sessions/a/tool_start",
@@ -143,8 +146,7 @@ fn a_restarted_sidecar_is_found_again() {
     let mut sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     sidecar.stop();
     until("the loss is noticed", || {
         engine.step();
@@ -156,8 +158,7 @@ fn a_restarted_sidecar_is_found_again() {
     sidecar.restart(MEMORY);
     engine.until_ready();
     let mine = session(40, 2);
-    engine.turn(Some("b"), &mine);
-    saved(&mut engine, &sidecar, "b", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "b", &mine);
     engine.flood(8, 200);
     assert!(engine.turn(Some("b"), &mine).loaded > 0, "hits resume");
 }
@@ -168,8 +169,7 @@ fn another_engine_of_the_same_weights_hits_what_a_dead_one_left() {
     let mine = session(40, 1);
     {
         let mut engine = Engine::start(&sidecar, "first", 100);
-        engine.turn(Some("a"), &mine);
-        saved(&mut engine, &sidecar, "a", BLOCKS);
+        turn_and_save(&mut engine, &sidecar, "a", &mine);
     }
     let mut other = Engine::start(&sidecar, "second", 100);
     let turn = other.turn(Some("a"), &mine);
@@ -183,8 +183,7 @@ fn a_reset_means_it() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     assert!(engine.pool.reset());
     engine.hooks.reset();
     engine.settle();
@@ -197,8 +196,7 @@ fn a_reset_before_the_first_request_means_it_too() {
     let sidecar = Sidecar::start(MEMORY);
     let mine = session(40, 1);
     let mut engine = Engine::start(&sidecar, "before", 100);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     drop(engine);
     let options = Options {
         reset: true,
@@ -275,8 +273,7 @@ fn an_aborted_load_and_retired_sessions_leave_nothing_behind() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     evict(&mut engine, &mine);
     assert!(engine.aborted_turn("a", &mine));
     engine.settle();
@@ -308,8 +305,7 @@ fn a_session_diverges_while_it_is_being_loaded(shared: u32) {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     evict(&mut engine, &mine);
     engine.reserve = 90;
     engine.switch.hold();
@@ -352,8 +348,7 @@ fn two_chains_with_one_last_block_are_two_sessions() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     evict(&mut engine, &mine);
     engine.reserve = 90;
     engine.switch.hold();
@@ -402,8 +397,7 @@ fn a_want_that_crosses_a_reset_is_not_believed() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     evict(&mut engine, &mine);
     engine.settle();
     assert_eq!(engine.pool.leading(&mine), 0);
@@ -430,8 +424,7 @@ fn of_sessions_that_are_due_the_one_with_priority_comes_first() {
     let mut engine = Engine::start(&sidecar, "e", 100);
     let (low, high) = (session(40, 1), session(40, 2));
     for (name, chain) in [("low", &low), ("high", &high)] {
-        engine.turn(Some(name), chain);
-        saved(&mut engine, &sidecar, name, BLOCKS);
+        turn_and_save(&mut engine, &sidecar, name, chain);
         sidecar.post(
             &format!("/v1/sessions/{name}/tool_start"),
             &json!({"tool": "bash", "eta_ms": 600_000}),
@@ -496,8 +489,7 @@ fn left_after_other_traffic(hold_ratio: f64) -> usize {
     };
     let mut engine = Engine::connect(sidecar.socket(), "e", 100, options);
     let mine = session(20, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", 20);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
     engine.flood(7, 200);
     engine.pool.leading(&mine)
@@ -520,8 +512,7 @@ fn what_a_retired_session_alone_had_is_freed_on_the_gpu_too() {
     let mine = session(40, 1);
     let other = chain((0..40).map(|i| if i < 10 { 1 << 20 | i } else { 2 << 20 | i }));
     for (name, blocks) in [("a", &mine), ("b", &other)] {
-        engine.turn(Some(name), blocks);
-        saved(&mut engine, &sidecar, name, BLOCKS);
+        turn_and_save(&mut engine, &sidecar, name, blocks);
     }
     sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
     engine.settle();
@@ -538,8 +529,7 @@ fn what_a_retired_session_alone_had_is_freed_on_the_gpu_too() {
 /// A request of session "a" that a hit waits for, and its holders: no seat is free.
 fn kept_waiting(sidecar: &Sidecar, engine: &mut Engine) -> Holders {
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(engine, sidecar, "a", BLOCKS);
+    turn_and_save(engine, sidecar, "a", &mine);
     evict(engine, &mine);
     engine.settle();
     engine
@@ -604,8 +594,7 @@ fn what_arrives_while_the_engine_is_paused_is_done_when_it_goes_on() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
     engine.reserve = 100;
     engine.flood(7, 200);
@@ -642,8 +631,7 @@ fn a_long_session_comes_back_in_steps_of_bounded_work() {
     let sidecar = Sidecar::start("64MiB");
     let mut engine = Engine::start(&sidecar, "e", 2000);
     let mine = session(1500, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", 1500);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     sidecar.post(
         "/v1/sessions/a/tool_start",
         &json!({"tool": "bash", "eta_ms": 600_000}),
@@ -679,8 +667,7 @@ fn a_session_that_only_was_held_is_said_to_be_gone_when_it_is() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     let mut seed = 7;
     until("the hold is over and its blocks are gone", || {
         seed += 1;
@@ -697,8 +684,7 @@ fn a_session_that_only_was_held_is_said_to_be_gone_when_it_is() {
 fn two_that_do_not_fit(sidecar: &Sidecar, engine: &mut Engine) -> [Vec<kvstore::BlockHash>; 2] {
     let chains = [session(60, 1), session(60, 2)];
     for (name, mine) in ["a", "b"].into_iter().zip(&chains) {
-        engine.turn(Some(name), mine);
-        saved(engine, sidecar, name, 60);
+        turn_and_save(engine, sidecar, name, mine);
     }
     engine.flood(7, 200);
     chains
@@ -769,8 +755,7 @@ fn without_prefetch_a_hint_is_answered_by_the_engine() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start_without_prefetch(&sidecar, "e", 100);
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     evict(&mut engine, &mine);
     let answer = while_stepping(&mut engine, || sidecar.prefetch("a", "m"));
     assert_eq!(answer["outcome"], "deferred", "{answer}");
@@ -784,8 +769,7 @@ fn what_is_saved_under_a_high_reserve_is_saved_in_parts() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(40, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", BLOCKS);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     evict(&mut engine, &mine);
     engine.settle();
     engine.turn(Some("b"), &session(40, 2));
@@ -804,8 +788,7 @@ fn a_fetch_does_not_evict_what_is_still_to_be_saved() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(60, 1);
-    engine.turn(Some("a"), &mine);
-    saved(&mut engine, &sidecar, "a", 60);
+    turn_and_save(&mut engine, &sidecar, "a", &mine);
     evict(&mut engine, &mine);
     engine.settle();
     engine.switch.hold();

@@ -108,10 +108,7 @@ impl SchedulerHooks {
                     .answered(sequence, lease, &slots, at + millis(ttl_ms))
                     && let Some(lease) = lease
                 {
-                    self.send(&ToSidecar::Settle {
-                        lease,
-                        commit: false,
-                    });
+                    self.abort(lease);
                 }
             }
             ToEngine::Want {
@@ -178,10 +175,7 @@ impl SchedulerHooks {
             }
             ToEngine::Reserved { lease, .. } => {
                 if let Some(lease) = *lease {
-                    self.send(&ToSidecar::Settle {
-                        lease,
-                        commit: false,
-                    });
+                    self.abort(lease);
                 }
                 true
             }

@@ -455,10 +455,7 @@ impl SchedulerHooks {
             self.enter_namespace(self.own_namespace(id));
         }
         for lease in self.saves.reset() {
-            self.send(&ToSidecar::Settle {
-                lease,
-                commit: false,
-            });
+            self.abort(lease);
         }
         self.retired.clear();
         let mut released = self.watch.clear();
@@ -529,6 +526,14 @@ impl SchedulerHooks {
         for lease in leases {
             self.send(&ToSidecar::Release { lease: *lease });
         }
+    }
+
+    /// Gives a reservation back without a result.
+    fn abort(&mut self, lease: u64) {
+        self.send(&ToSidecar::Settle {
+            lease,
+            commit: false,
+        });
     }
 
     /// Sends news at once and figures now and then.

@@ -73,11 +73,15 @@ impl Saves {
 
     /// The next blocks to reserve slots for, unless enough is under way. With room for a whole batch (`blocks_max`) again,
     /// it is one.
-    pub(super) fn next_batch(&mut self, blocks_max: usize, room: usize) -> Option<Vec<BlockHash>> {
+    pub(super) fn next_batch(
+        &mut self,
+        blocks_max: usize,
+        room: impl Fn() -> usize,
+    ) -> Option<Vec<BlockHash>> {
         if self.queue.is_empty() || self.asked.len() + self.granted.len() >= OUTSTANDING_MAX {
             return None;
         }
-        self.narrow = self.narrow.filter(|_| room < blocks_max);
+        self.narrow = self.narrow.filter(|_| room() < blocks_max);
         let batch = self.narrow.unwrap_or(blocks_max).min(self.queue.len());
         Some(self.queue.drain(..batch).collect())
     }

@@ -47,10 +47,7 @@ impl SchedulerHooks {
                 break;
             };
             if now + LEASE_MARGIN >= grant.expires {
-                self.send(&ToSidecar::Settle {
-                    lease: grant.lease,
-                    commit: false,
-                });
+                self.abort(grant.lease);
                 self.saves.push(
                     &grant
                         .entries
@@ -87,22 +84,16 @@ impl SchedulerHooks {
                     break;
                 }
                 Shipment::TooMany(fit) => {
-                    self.send(&ToSidecar::Settle {
-                        lease: grant.lease,
-                        commit: false,
-                    });
+                    self.abort(grant.lease);
                     self.saves.again_in_parts(grant, fit);
                 }
                 Shipment::Gone(there) => {
-                    self.send(&ToSidecar::Settle {
-                        lease: grant.lease,
-                        commit: false,
-                    });
+                    self.abort(grant.lease);
                     self.saves.push(&there);
                 }
             }
         }
-        let room = pool.free().saturating_sub(reserve);
+        let room = || pool.free().saturating_sub(reserve);
         while let Some(hashes) = self.saves.next_batch(chunk, room) {
             match self.send(&ToSidecar::Reserve {
                 hashes: Hashes(hashes.clone()),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from support.paths import LOGS
+from support.tail import Tail
 
 HOOK_TIMES = LOGS / f"hook-times-{os.getpid()}.jsonl"
 """All engines of this run write here."""
@@ -17,8 +17,7 @@ class HookTimes:
     """What the engines have written about their hooks; see `connector`."""
 
     def __init__(self, path: Path = HOOK_TIMES) -> None:
-        self._path = path
-        self._offset = 0
+        self._tail = Tail(path)
         self.calls = 0
         self.slow: list[tuple[str, float, float, bool]] = []
         """Hook, wall and processor time in microseconds, whether other processes took the processor meanwhile."""
@@ -26,17 +25,11 @@ class HookTimes:
         """When it was written, and the milliseconds that a request was kept waiting."""
 
     def read(self) -> HookTimes:
-        """Takes in what is new. A line that is not complete yet is left for the next time."""
-        if self._path.exists():
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                new = file.read()
-            new = new[: new.rfind(b"\n") + 1]
-            self._offset += len(new)
-            for line in map(json.loads, new.splitlines()):
-                self.calls += line["calls"]
-                self.slow += map(tuple, line["slow"])
-                self.waits += [(line["at"], wait) for wait in line["waits_ms"]]
+        """Takes in what is new."""
+        for line in self._tail.read():
+            self.calls += line["calls"]
+            self.slow += map(tuple, line["slow"])
+            self.waits += [(line["at"], wait) for wait in line["waits_ms"]]
         return self
 
     def own_us(self, share: float) -> float:

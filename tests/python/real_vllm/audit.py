@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from support.tail import Tail
 
 Slot = tuple[int, int]
 """(boot id of the sidecar, slot)."""
@@ -201,18 +202,11 @@ class Follower:
     """A log that is still being written."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
+        self._tail = Tail(path)
         self._judge = _Judge()
 
     def audit(self) -> Audit:
-        """The verdict up to now. A line that is not complete yet is left for the next time."""
-        if self._path.exists():
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                new = file.read()
-            new = new[: new.rfind(b"\n") + 1]
-            self._offset += len(new)
-            for line in new.splitlines():
-                self._judge.take(json.loads(line))
+        """The verdict up to now."""
+        for record in self._tail.read():
+            self._judge.take(record)
         return self._judge.audit
