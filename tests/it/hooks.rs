@@ -36,6 +36,17 @@ fn evict(engine: &mut Engine, chain: &[kvstore::BlockHash]) {
     panic!("100 floods did not evict the session");
 }
 
+/// Returns when the engine has taken in whatever the sidecar has sent it by now: answers do not overtake wants.
+fn hear(engine: &mut Engine) {
+    let hooks = &mut engine.hooks;
+    hooks.turn_started("probe", None, &session(2, 99), Instant::now());
+    until("the probe is answered", || {
+        let found = hooks.match_prefix("probe", (0, 1), Holders::default(), Instant::now());
+        found != Match::Pending
+    });
+    hooks.turn_ended("probe", &[], Instant::now());
+}
+
 /// What a client gets that waits for the engine's answer.
 fn while_stepping<T: Send>(engine: &mut Engine, ask: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
@@ -444,6 +455,7 @@ fn of_sessions_that_are_due_the_one_with_priority_comes_first() {
     let actions = [prefetch("low", 0.25), prefetch("high", 0.5)];
     let envelope = json!({"protocol_version": "1.0", "message_id": "m", "actions": actions});
     sidecar.post("/v1/hints", &envelope);
+    hear(&mut engine);
     engine.step();
     assert_eq!(
         (engine.pool.leading(&low), engine.pool.leading(&high)),
@@ -470,7 +482,7 @@ fn of_sessions_that_wait_for_a_tool_the_one_expected_first_comes_first() {
             &json!({"tool": "bash", "eta_ms": eta_ms}),
         );
     }
-    engine.step();
+    hear(&mut engine);
     engine.mode = StepMode::Busy;
     until("one is back", || {
         engine.step();
