@@ -266,6 +266,23 @@ pub struct Figures {
     pub prefetch_cancelled: u64,
 }
 
+impl Figures {
+    /// Whether anything is counted. Times of hooks alone are not: they come with every step.
+    pub fn count_anything(&self) -> bool {
+        let counts = [
+            self.timeouts,
+            self.fenced,
+            self.match_hits,
+            self.match_misses,
+            self.prefetch_used,
+            self.prefetch_wasted,
+            self.prefetch_late,
+            self.prefetch_cancelled,
+        ];
+        !self.copies.is_empty() || counts != [0; 8]
+    }
+}
+
 /// Where a waiting session's KV is on the engine's side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Residence {

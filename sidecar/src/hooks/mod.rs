@@ -536,16 +536,17 @@ impl SchedulerHooks {
         });
     }
 
-    /// Sends news at once and figures now and then.
+    /// Sends news at once; figures now and then, and what is counted before the engine may stop stepping.
     fn report(&mut self, pool: &dyn GpuPool, now: Instant) {
         let news = self.watch.take_news();
         if !news.is_empty() {
             self.send(&ToSidecar::News(news));
         }
-        if self
+        let last = self.jobs.is_empty() && !self.work_due && self.figures.count_anything();
+        let recent = self
             .figures_sent
-            .is_some_and(|at| now.saturating_duration_since(at) < FIGURES_EVERY)
-        {
+            .is_some_and(|at| now.saturating_duration_since(at) < FIGURES_EVERY);
+        if recent && !last {
             return;
         }
         self.figures_sent = Some(now);
