@@ -22,6 +22,11 @@ class WitnessedConnector(GreenroomConnector):
         self._witness = Witness(os.environ["GREENROOM_STEPS"], vllm_config.kv_transfer_config.engine_id)
         super().__init__(vllm_config, role, kv_cache_config)
 
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        metadata = super().build_connector_meta(scheduler_output)
+        metadata.computes = scheduler_output.total_num_scheduled_tokens > 0
+        return metadata
+
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         super().handle_preemptions(kv_connector_metadata)
         at = time.monotonic_ns()
