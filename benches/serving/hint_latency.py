@@ -184,6 +184,7 @@ class Bench:
             for name in (*(f"evicted-{number}" for number in range(EVICTED)), RESIDENT)
         }
         self._slots: dict[str, set[int]] = {}
+        self._rounds = 0
 
     def close(self) -> None:
         self._hints.close()
@@ -202,7 +203,8 @@ class Bench:
         # A turn also ends what the hints of the round before have started: its session is expected no longer.
         for ask in self._asks.values():
             self._rig.vllm.ask(ask)
-        steps.evict(self._rig, "flood")
+        self._rounds += 1
+        steps.evict(self._rig, f"flood-{self._rounds}")
         self._rig.vllm.ask(self._asks[RESIDENT])
         evicted = [("hint", name) for name in self._asks if name != RESIDENT]
         events = [*evicted, *[("empty", RESIDENT)] * EVICTED]

@@ -82,13 +82,14 @@ impl SchedulerHooks {
         request: &str,
         local_blocks: usize,
         blocks_max: usize,
-        holders: (usize, usize, usize, usize),
+        holders: (usize, usize, usize, usize, usize),
     ) -> PyResult<Option<usize>> {
-        let (count, seats, missing, free) = holders;
+        let (count, seats, missing, growth, free) = holders;
         let holders = Holders {
             count,
             seats,
             missing,
+            growth,
             free,
         };
         let blocks = (local_blocks, blocks_max);

@@ -32,6 +32,7 @@ mod _native {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         super::log::start();
+        module.add("GROWTH_BLOCKS", sidecar::planner::budget::GROWTH_BLOCKS)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

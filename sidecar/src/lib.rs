@@ -28,4 +28,6 @@ pub mod config;
 #[cfg(feature = "server")]
 pub mod metrics;
 #[cfg(feature = "server")]
+mod seldom;
+#[cfg(feature = "server")]
 pub mod server;

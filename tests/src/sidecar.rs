@@ -168,9 +168,14 @@ impl Sidecar {
     }
 
     /// One prefetch hint for a session; its result.
-    pub fn prefetch(&self, session: &str, message: &str) -> serde_json::Value {
+    pub fn prefetch(&self, session: &str, message: &str) -> Value {
+        self.hint("kv.prefetch", session, message)
+    }
+
+    /// One hint for a session; its result.
+    pub fn hint(&self, action: &str, session: &str, message: &str) -> Value {
         let hint = serde_json::json!({"protocol_version": "1.0", "message_id": message, "actions": [{
-            "action_id": "a", "action_type": "kv.prefetch", "action_version": "1.0",
+            "action_id": "a", "action_type": action, "action_version": "1.0",
             "payload": {"target": {"session_id": session}}}]});
         self.post("/v1/hints", &hint)["results"][0].clone()
     }

@@ -1,8 +1,10 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, final
 
-__all__ = ["Mover", "SchedulerHooks", "__version__"]
+__all__ = ["GROWTH_BLOCKS", "Mover", "SchedulerHooks", "__version__"]
 
+GROWTH_BLOCKS: int
+"""Most blocks by which one request is taken to grow: see ``SchedulerHooks.match_prefix``."""
 __version__: str
 
 class _EngineConfig(Protocol):
@@ -80,10 +82,11 @@ class SchedulerHooks:
         """A request carried a hint envelope."""
 
     def match_prefix(
-        self, request: str, local_blocks: int, blocks_max: int, holders: tuple[int, int, int, int]
+        self, request: str, local_blocks: int, blocks_max: int, holders: tuple[int, int, int, int, int]
     ) -> int | None:
         """How many blocks beyond ``local_blocks`` can be loaded; None: not known yet, or no room, ask again at the next
-        step. ``holders``, the requests that hold blocks: how many, how many may, what they still need, what is free."""
+        step. ``holders``, the requests that hold blocks: how many, how many may, what they still need, how far they and
+        this one are taken to grow, what is free."""
 
     def swap_in(self, request: str, gpu_blocks: Sequence[int]) -> None:
         """The blocks that were allocated for what ``match_prefix`` offered; none: the request starts without them."""

@@ -27,6 +27,7 @@ pub(super) enum Command {
     Hints(HintEnvelope, Reply<Vec<ActionResult>>),
     PrefetchCompat(Vec<CompatItem>, Reply<Vec<CompatResult>>),
     PinCompat(Vec<CompatItem>, Reply<Vec<CompatResult>>),
+    BreakPins(Reply<u64>),
 }
 
 /// What the actor shares with everybody.
@@ -113,6 +114,14 @@ impl Handle {
     /// As [`Self::session`].
     pub async fn retire(&self, name: SessionName) -> Result<u64, CommandError> {
         self.ask(|reply| Command::Retire(name, reply)).await
+    }
+
+    /// Ends all pins, whoever took them; returns how many.
+    ///
+    /// # Errors
+    /// As [`Self::status`].
+    pub async fn break_pins(&self) -> Result<u64, CommandError> {
+        self.ask(Command::BreakPins).await
     }
 
     /// A tool call began.

@@ -532,6 +532,15 @@ impl Actor {
         self.unpin(&Pinned::Session(key));
     }
 
+    /// Ends everybody's pins; returns how many there were.
+    pub(super) fn break_pins(&mut self) -> u64 {
+        self.hints.pins.clear();
+        let Some(cut) = &mut self.cut else { return 0 };
+        let effects = cut.store.break_pins();
+        self.count(effects);
+        count(effects.voided_pins)
+    }
+
     fn unpin(&mut self, what: &Pinned) -> u64 {
         let pins = self.hints.pins.remove(what).unwrap_or_default();
         let mut blocks = 0;

@@ -35,6 +35,8 @@ const EVENTS_MAX: usize = 4096;
 const LEASES_MAX: usize = 65_536;
 /// Namespaces at a time.
 const NAMESPACES_MAX: usize = 256;
+/// Shortest time between two audits of the store, which builds with `strict` make: an audit looks at every slot.
+const AUDIT_EVERY: Duration = Duration::from_millis(1);
 /// The states that the API counts sessions by.
 const STATES: [&str; 8] = [
     "new", "active", "hold", "shadow", "host", "loading", "ready", "dropped",
@@ -187,6 +189,7 @@ impl Handle {
 
 impl Actor {
     async fn run(mut self, mut queue: mpsc::Receiver<Event>) {
+        let mut audited = Instant::now();
         loop {
             let deadline = self.next_deadline();
             let sleep = async {
@@ -203,6 +206,13 @@ impl Actor {
                 () = sleep => {}
             }
             self.pass(Instant::now());
+            if cfg!(feature = "strict")
+                && let Some(cut) = &self.cut
+                && audited.elapsed() >= AUDIT_EVERY
+            {
+                cut.store.check_invariants();
+                audited = Instant::now();
+            }
         }
     }
 
@@ -310,6 +320,7 @@ impl Actor {
                 let results = self.pin_compat(&items, now);
                 answer(reply, Ok(results));
             }
+            Command::BreakPins(reply) => answer(reply, Ok(self.break_pins())),
         }
     }
 

@@ -27,6 +27,7 @@ use tower_service::Service;
 use super::App;
 use super::slow::{Impatient, was_too_slow};
 use crate::metrics::{ConnectionEnd, Metrics};
+use crate::seldom::Seldom;
 
 /// Pause after a failed `accept` (no more file descriptors, mostly), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -121,6 +122,7 @@ pub async fn serve(
         next_id: 0,
         served: Arc::default(),
     };
+    let mut failed = Seldom::default();
     let (stop, stopping) = watch::channel(());
     tokio::pin!(shutdown);
     loop {
@@ -131,7 +133,9 @@ pub async fn serve(
                 Err(error) if of_the_connection(&error) => {}
                 Err(error) if error.kind() == io::ErrorKind::InvalidInput => return Err(error),
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept HTTP connections");
+                    if let Some(others) = failed.now() {
+                        tracing::warn!(%error, others, "cannot accept HTTP connections");
+                    }
                     sleep(ACCEPT_PAUSE).await;
                 }
             },

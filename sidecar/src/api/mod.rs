@@ -23,7 +23,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderValue, Method, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use tokio::sync::Semaphore;
 
@@ -34,9 +34,9 @@ pub use self::listen::{ConnectionLimits, serve};
 use self::parse::Entry;
 use self::slow::Slices;
 use self::wire::{
-    CompatParts, CompatPinAnswer, CompatPinBody, CompatPrefetchAnswer, CompatPrefetchBody,
-    EnvelopeAnswer, EnvelopeBody, HealthAnswer, RetireAnswer, SessionBody, SessionsAnswer,
-    StatusAnswer, ToolAnswer, ToolEndBody, ToolProgressBody, ToolStartBody,
+    BreakPinsAnswer, CompatParts, CompatPinAnswer, CompatPinBody, CompatPrefetchAnswer,
+    CompatPrefetchBody, EnvelopeAnswer, EnvelopeBody, HealthAnswer, RetireAnswer, SessionBody,
+    SessionsAnswer, StatusAnswer, ToolAnswer, ToolEndBody, ToolProgressBody, ToolStartBody,
 };
 use crate::actor::Handle;
 use crate::commands::{CommandError, SessionName};
@@ -99,6 +99,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("post", "/v1/sessions/{id}/tool_start"),
     ("post", "/v1/sessions/{id}/tool_progress"),
     ("post", "/v1/sessions/{id}/tool_end"),
+    ("delete", "/v1/pins"),
     ("post", "/v1/hints"),
     ("post", "/internal/prefetch"),
     ("post", "/internal/pin_blocks"),
@@ -150,6 +151,7 @@ fn routes(handle: Handle, auth: Option<Token>, limits: ApiLimits) -> Router {
         .route("/v1/sessions/{id}/tool_progress", post(tool_progress))
         .route("/v1/sessions/{id}/tool_end", post(tool_end))
         .route("/v1/hints", post(hints))
+        .route("/v1/pins", delete(break_pins))
         .route("/internal/prefetch", post(compat_prefetch))
         .route("/internal/pin_blocks", post(compat_pin))
         .method_not_allowed_fallback(|| async { ApiError::WrongMethod })
@@ -308,6 +310,13 @@ async fn retire(State(api): Shared, Named(name): Named) -> Result<Json<RetireAns
     let id = name.as_str().to_owned();
     let freed_blocks = api.handle.retire(name).await?;
     Ok(Json(RetireAnswer { id, freed_blocks }))
+}
+
+/// Ends all pins, whoever took them: for an operator whose arena they have filled.
+#[utoipa::path(delete, path = "/v1/pins", responses((status = 200, body = BreakPinsAnswer), (status = 401, body = ErrorBody), (status = 429, body = ErrorBody), (status = 503, body = ErrorBody)))]
+async fn break_pins(State(api): Shared) -> Result<Json<BreakPinsAnswer>, ApiError> {
+    let broken_pins = api.handle.break_pins().await?;
+    Ok(Json(BreakPinsAnswer { broken_pins }))
 }
 
 /// A tool call began. An unknown session is created.

@@ -25,6 +25,7 @@ use super::wire::ActionSchema;
         super::tool_start,
         super::tool_progress,
         super::tool_end,
+        super::break_pins,
         super::hints,
         super::compat_prefetch,
         super::compat_pin,

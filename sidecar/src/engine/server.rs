@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvstore::ArenaFile;
 use parking_lot::Mutex;
@@ -23,6 +23,7 @@ use super::frames::{
 use super::socket::{FRAME_TIMEOUT, invalid, send_with_descriptor};
 use crate::actor::{Admitted, ConnectionId, Event, Handle};
 use crate::faults::{Exit, delay_task};
+use crate::seldom::Seldom;
 
 /// Engine connections at a time.
 pub const CONNECTIONS_MAX: usize = 256;
@@ -36,8 +37,6 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 const OUTBOX_FRAMES: usize = 4096;
 /// Bytes of such frames.
 const OUTBOX_BYTES: usize = 32 << 20;
-/// Shortest time between two log lines about connections that were turned away.
-const TURNED_AWAY_EVERY: Duration = Duration::from_secs(1);
 
 /// Accepts engines until the future is dropped.
 ///
@@ -49,14 +48,16 @@ pub async fn accept(
     actor: Handle,
 ) -> io::Result<()> {
     let places = Arc::<Places>::default();
-    let mut turned_away = Seldom::default();
+    let (mut turned_away, mut failed) = (Seldom::default(), Seldom::default());
     let mut next = 0;
     loop {
         let (stream, _) = match listener.accept().await {
             Ok(accepted) => accepted,
             // Out of descriptors: those who are connected go on, and some will leave.
             Err(error) if error.raw_os_error().is_some() => {
-                tracing::warn!(%error, "an engine could not connect");
+                if let Some(others) = failed.now() {
+                    tracing::warn!(%error, others, "an engine could not connect");
+                }
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
@@ -150,28 +151,6 @@ impl Drop for Place {
                 open.remove(&self.process);
             }
         }
-    }
-}
-
-/// Keeps a peer that tries again and again from filling the log.
-#[derive(Default)]
-struct Seldom {
-    last: Option<Instant>,
-    left_out: u64,
-}
-
-impl Seldom {
-    /// Whether to say something now; then how often nothing was said since the last time.
-    fn now(&mut self) -> Option<u64> {
-        if self
-            .last
-            .is_some_and(|last| last.elapsed() < TURNED_AWAY_EVERY)
-        {
-            self.left_out += 1;
-            return None;
-        }
-        self.last = Some(Instant::now());
-        Some(std::mem::take(&mut self.left_out))
     }
 }
 

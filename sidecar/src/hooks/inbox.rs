@@ -10,16 +10,22 @@ use super::{Connection, RETIRED_BLOCKS, SchedulerHooks};
 use crate::engine::client::{Inbound, Outbox};
 use crate::engine::frames::{ToEngine, ToSidecar, Wish};
 
+/// Messages taken in at once; a sidecar that never stops sending must not hold up a step.
+const MESSAGES_MAX: usize = if cfg!(feature = "models") { 1 } else { 256 };
+
 impl SchedulerHooks {
-    /// Takes in what has arrived.
+    /// Takes in what has arrived, or the first of it: then more is due.
     pub(super) fn receive(&mut self) {
         let epoch = self.link.epoch();
         if epoch == self.seen {
             return;
         }
-        self.seen = epoch;
         self.work_due = true;
-        while let Some(inbound) = self.link.receive() {
+        for _ in 0..MESSAGES_MAX {
+            let Some(inbound) = self.link.receive() else {
+                self.seen = epoch;
+                return;
+            };
             match inbound {
                 Inbound::Connected { boot, outbox } => self.connected(boot, outbox),
                 Inbound::Refused(reason) => {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterator
 
@@ -51,8 +52,10 @@ def test_a_stopped_sidecar_is_a_miss(engines: Engines, rig: Rig, sidecar: Proces
     assert [answer.cached_tokens for answer in answers] == [0] * AGENTS
     wait_until("the count of timeouts", lambda: timeouts(rig) - before >= AGENTS, COUNTED_S)
 
+    floods = itertools.count()
+
     def hits() -> bool:
-        steps.evict(rig, "again")
+        steps.evict(rig, f"again-{next(floods)}")
         return rig.vllm.ask(asks[0]).cached_tokens == WHOLE
 
     # More than once: a busy machine may use up the default patience, too.

@@ -270,7 +270,7 @@ def test_finished_blocks_are_full_and_computed(tokens: int, computed: int, block
 
 
 def survey(*requests: Request, scheduled: dict[str, int] | None = None, ahead: int = 0) -> compat.Survey:
-    return compat.survey([compat.Turn(one) for one in requests], scheduled or {}, TOKENS, ahead)
+    return compat.survey([compat.Turn(one, TOKENS) for one in requests], scheduled or {}, TOKENS, ahead)
 
 
 @pytest.mark.parametrize(
@@ -311,13 +311,19 @@ def test_reserve_adds_up_over_running_loading_and_waiting_requests() -> None:
     assert (found.running, found.waiting) == (2, 3)
     # Those that hold blocks.
     assert (found.holders, found.missing) == (3, (5 - 3) + (7 - 6) + (7 - 6))
+    # Eight tokens more: 72 take no block beyond the fifth, 108 none beyond the seventh.
+    assert found.growth == 0
+    assert survey(request(75, computed=74, status="RUNNING")).growth == 6 - 5
 
 
 def test_requests_that_are_given_blocks_are_among_their_holders() -> None:
-    holders = compat.Holders(seats=4)
-    holders.add(request(64), 2, TOKENS)
-    holders.add(request(64), 5, TOKENS)
-    assert (holders.count, holders.missing) == (2, 5 - 2)
+    holders = compat.Holders(seats=4, block_tokens=TOKENS)
+    joining = compat.Turn(request(75), TOKENS)
+    for turn, blocks in ((compat.Turn(request(64), TOKENS), 2), (compat.Turn(request(75), TOKENS), 5)):
+        holders.add(turn, blocks)
+    assert holders.beside(joining, 9) == (2, 4, 5 - 2, (6 - 5) + (6 - 5), 9)
+    holders.count_anew(survey(request(64, computed=64, status="RUNNING")))
+    assert holders.beside(joining, 9) == (1, 4, 1, 6 - 5, 9)
 
 
 def test_a_finished_request_needs_nothing() -> None:
@@ -326,7 +332,7 @@ def test_a_finished_request_needs_nothing() -> None:
 
 def test_blocks_are_reported_full_once_and_only_when_computed() -> None:
     one = request(70, status="RUNNING")
-    turn = compat.Turn(one)
+    turn = compat.Turn(one, TOKENS)
 
     def filled() -> list[tuple[int, int]]:
         return [(start, end) for _, start, end in compat.survey([turn], {"r": 16}, TOKENS, 0).filled]
@@ -350,7 +356,7 @@ def test_only_running_requests_have_full_blocks(status: str) -> None:
 
 def test_a_preempted_request_fills_its_blocks_anew() -> None:
     one = request(70, computed=64, status="RUNNING")
-    turn = compat.Turn(one)
+    turn = compat.Turn(one, TOKENS)
     assert len(compat.survey([turn], {}, TOKENS, 0).filled) == 1
     one.status, one.num_computed_tokens = RequestStatus.PREEMPTED, 0
     compat.survey([turn], {}, TOKENS, 0)

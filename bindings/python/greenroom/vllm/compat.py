@@ -38,6 +38,7 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 from vllm.v1.request import RequestStatus
 
+from greenroom._native import GROWTH_BLOCKS
 from greenroom.errors import ConfigError
 from greenroom.vllm.settings import Settings
 
@@ -433,10 +434,12 @@ def _bare(key: bytes | None) -> bytes | None:
 class Turn:
     """A request, from the time it is enqueued until it ends."""
 
-    __slots__ = ("filled", "local", "request")
+    __slots__ = ("filled", "local", "longest", "request")
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, block_tokens: int) -> None:
         self.request = request
+        self.longest = _blocks(request.num_prompt_tokens + request.max_tokens, block_tokens)
+        """Blocks of all the tokens that it may have in the end."""
         self.filled = 0
         """Full blocks that the hooks know of."""
         self.local = 0
@@ -451,6 +454,8 @@ class Survey:
     """Blocks that must stay free: see ``survey``."""
     missing: int = 0
     """Those of them that requests need which hold blocks."""
+    growth: int = 0
+    """Blocks beyond the reserve by which those requests are taken to grow: see ``GROWTH_BLOCKS``."""
     holders: int = 0
     """These requests: those that run, load or have been loaded."""
     waiting: int = 0
@@ -481,11 +486,13 @@ def survey(turns: Iterable[Turn], scheduled: Mapping[str, int], block_tokens: in
             after = computed + scheduled.get(request.request_id, 0)
             # Rounded up, in line: this loop runs for every request in every step.
             has = -(-after // size)
-            need = -(-((tokens if tokens > after else after) + 1 + ahead) // size) - has
+            known = -(-((tokens if tokens > after else after) + 1 + ahead) // size)
             result.running += 1
             result.handed_out += has + -computed // size
-            if need > 0:
-                result.missing += need
+            if known > has:
+                result.missing += known - has
+            if turn.longest > known:
+                result.growth += min(turn.longest - known, GROWTH_BLOCKS)
             full = (computed if computed < tokens else tokens) // size
             if full > turn.filled:
                 full = min(full, len(request.block_hashes))
@@ -494,7 +501,9 @@ def survey(turns: Iterable[Turn], scheduled: Mapping[str, int], block_tokens: in
                     turn.filled = full
         elif status is loading:
             result.running += 1
-            result.missing += max(0, _blocks(tokens + 1 + ahead, size) - _blocks(computed, size))
+            known = _blocks(tokens + 1 + ahead, size)
+            result.missing += max(0, known - _blocks(computed, size))
+            result.growth += _growth(turn, known)
         elif not RequestStatus.is_finished(status):
             result.waiting += 1
             if computed == 0:
@@ -502,8 +511,10 @@ def survey(turns: Iterable[Turn], scheduled: Mapping[str, int], block_tokens: in
                 turn.filled = 0
                 result.reserve_blocks += _blocks(tokens + 1, size)
             else:
+                known = _blocks(tokens + 1, size)
                 result.holders += 1
-                result.missing += _blocks(tokens + 1, size) - _blocks(computed, size)
+                result.missing += known - _blocks(computed, size)
+                result.growth += _growth(turn, known)
     result.reserve_blocks += result.missing
     result.holders += result.running
     return result
@@ -515,14 +526,31 @@ class Holders:
 
     seats: int
     """Most that may run at a time."""
+    block_tokens: int
     count: int = 0
     missing: int = 0
     """Blocks that they still need for the tokens they have."""
+    growth: int = 0
+    """Blocks beyond those by which they are taken to grow."""
 
-    def add(self, request: Any, blocks: int, block_tokens: int) -> None:
+    def count_anew(self, survey: Survey) -> None:
+        """What a step leaves."""
+        self.count, self.missing, self.growth = survey.holders, survey.missing, survey.growth
+
+    def add(self, turn: Turn, blocks: int) -> None:
         """A request has been given its blocks. One whose load has just ended is counted twice until the next survey."""
+        known = self._known(turn)
         self.count += 1
-        self.missing += max(0, _blocks(request.num_tokens + 1, block_tokens) - blocks)
+        self.missing += max(0, known - blocks)
+        self.growth += _growth(turn, known)
+
+    def beside(self, turn: Turn, free: int) -> tuple[int, int, int, int, int]:
+        """What ``match_prefix`` wants to know for a request that may join them; ``free`` blocks are left."""
+        growth = self.growth + _growth(turn, self._known(turn))
+        return self.count, self.seats, self.missing, growth, free
+
+    def _known(self, turn: Turn) -> int:
+        return _blocks(turn.request.num_tokens + 1, self.block_tokens)
 
 
 def seats(config: Any) -> int:
@@ -532,6 +560,11 @@ def seats(config: Any) -> int:
 
 def _blocks(tokens: int, block_tokens: int) -> int:
     return -(-tokens // block_tokens)
+
+
+def _growth(turn: Turn, known: int) -> int:
+    """Blocks beyond those of its known tokens: as many as it may come to need, ``GROWTH_BLOCKS`` at most."""
+    return min(max(0, turn.longest - known), GROWTH_BLOCKS)
 
 
 def finished_hashes(request: Any, block_tokens: int) -> list[bytes]:

@@ -36,7 +36,7 @@ class SchedulerSide:
         self._figures: dict[str, int] = {}
         self._events = compat.BlockEvents(engine.block_tokens) if compat.wants_events(config) else None
         self._pool: compat.GpuPool | None = None
-        self._holders = compat.Holders(compat.seats(config))
+        self._holders = compat.Holders(compat.seats(config), engine.block_tokens)
         compat.use_recompute_policy(config)
         self._hooks = SchedulerHooks(engine, self._around.wake)
         if self._around.must_poll:
@@ -52,7 +52,7 @@ class SchedulerSide:
         """The lookup is sent ahead of the first scheduling attempt."""
         if not self._hooks.has_namespace():
             self._hooks.open_namespace(namespace.material(self._config, self._kv_cache_config, self._layout))
-        self._turns[request.request_id] = compat.Turn(request)
+        self._turns[request.request_id] = compat.Turn(request, self._block_tokens)
         self._hooks.turn_started(request.request_id, compat.identity(request), b"".join(request.block_hashes))
         hints = compat.hints_json(request)
         if hints is not None:
@@ -66,13 +66,9 @@ class SchedulerSide:
             return 0, False
         assert self._pool is not None
         turn.local = computed_tokens // self._block_tokens
-        useful, holders = (request.num_tokens - 1) // self._block_tokens, self._holders
-        blocks = self._hooks.match_prefix(
-            request.request_id,
-            turn.local,
-            useful,
-            (holders.count, holders.seats, holders.missing, self._pool.free()),
-        )
+        useful = (request.num_tokens - 1) // self._block_tokens
+        holders = self._holders.beside(turn, self._pool.free())
+        blocks = self._hooks.match_prefix(request.request_id, turn.local, useful, holders)
         if blocks is None:
             return None, False
         return blocks * self._block_tokens, blocks > 0
@@ -84,7 +80,7 @@ class SchedulerSide:
             return
         external: list[int] = []
         (numbers,) = blocks.get_block_ids()
-        self._holders.add(request, len(numbers), self._block_tokens)
+        self._holders.add(turn, len(numbers))
         if external_tokens > 0:
             external = numbers[turn.local : turn.local + external_tokens // self._block_tokens]
         self._hooks.swap_in(request.request_id, external)
@@ -108,7 +104,7 @@ class SchedulerSide:
         for turn, start, end in survey.filled:
             request = turn.request
             self._hooks.blocks_filled(request.request_id, end, b"".join(request.block_hashes[start:end]))
-        self._holders.count, self._holders.missing = survey.holders, survey.missing
+        self._holders.count_anew(survey)
         plan = self._hooks.plan(self._pool, survey.reserve_blocks, survey.handed_out, self._activity(survey))
         return StepMetadata(plan=plan or b"")
 

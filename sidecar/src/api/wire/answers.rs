@@ -139,6 +139,13 @@ pub struct RetireAnswer {
     pub freed_blocks: u64,
 }
 
+/// Answer to `DELETE /v1/pins`.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct BreakPinsAnswer {
+    /// Pins that were in force. Their blocks stay until they are evicted.
+    pub broken_pins: u64,
+}
+
 /// Answer to `GET /v1/sessions`.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct SessionsAnswer {
