@@ -71,8 +71,8 @@ impl Saves {
         }
     }
 
-    /// The next blocks to reserve slots for, unless enough is under way. With room for a whole batch (`blocks_max`) again,
-    /// it is one.
+    /// The next blocks to reserve slots for, unless enough is under way: a whole batch (`blocks_max`), or, after one that
+    /// was too large, as many as there is room for now.
     pub(super) fn next_batch(
         &mut self,
         blocks_max: usize,
@@ -81,7 +81,8 @@ impl Saves {
         if self.queue.is_empty() || self.asked.len() + self.granted.len() >= OUTSTANDING_MAX {
             return None;
         }
-        self.narrow = self.narrow.filter(|_| room() < blocks_max);
+        let wider = self.narrow.map(|fit| fit.max(room()));
+        self.narrow = wider.filter(|fit| *fit < blocks_max);
         let batch = self.narrow.unwrap_or(blocks_max).min(self.queue.len());
         Some(self.queue.drain(..batch).collect())
     }

@@ -240,6 +240,26 @@ fn what_is_saved_under_a_high_reserve_is_saved_in_parts() {
 }
 
 #[test]
+fn what_was_saved_in_parts_is_saved_whole_when_there_is_room_again() {
+    let sidecar = Sidecar::start(MEMORY);
+    // Smaller than what is saved at once elsewhere.
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    engine.reserve = 98;
+    turn_and_save(&mut engine, &sidecar, "a", &session(20, 1));
+    engine.reserve = 0;
+    engine.turn(Some("b"), &session(40, 2));
+    let (mut before, mut most) = (engine.hooks.figures().saved_blocks, 0);
+    until("the session is saved", || {
+        engine.step();
+        let saved = engine.hooks.figures().saved_blocks;
+        most = most.max(saved - before);
+        before = saved;
+        !engine.hooks.pending(false) && saved == 60
+    });
+    assert!(most >= 20, "at most {most} blocks at once");
+}
+
+#[test]
 fn a_fetch_does_not_evict_what_is_still_to_be_saved() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
