@@ -57,12 +57,12 @@ install: wheel .venv/.ready ## the wheel, installed beside vLLM in .venv
 # ---- for developers
 
 .PHONY: test
-test: check install install-026 ## what CI runs: `check`, then what needs a real vLLM (25 minutes on 2 cores)
+test: check check-harness install install-026 ## what CI runs: `check`, then what needs a real vLLM (35 minutes on 2 cores)
 	.venv-026/bin/python -m pytest tests/python/unit $(PYTEST_FLAGS)
 	.venv/bin/python -m pytest tests/python $(PYTEST_FLAGS)
 
 .PHONY: check
-check: lint check-rust check-models check-python ## the inner loop, without vLLM
+check: lint check-rust check-models check-python check-schedulers ## the inner loop; vLLM is used only if it is installed
 
 .PHONY: lint
 lint: $(TOOLS)/.ready ## format and lints of Rust and Python, nothing is changed
@@ -94,13 +94,19 @@ check-python: $(TOOLS)/.ready ## the native module against its stub, the Python 
 	$(TOOLS)/bin/stubtest greenroom._native
 	$(TOOLS)/bin/python -m pytest tests/python -m "not vllm" $(PYTEST_FLAGS)
 
+.PHONY: check-schedulers
+check-schedulers: ## a short part of `check-harness`, if vLLM is installed
+	@if [ -e .venv/.ready ]; then \
+	  $(MAKE) --no-print-directory check-harness GREENROOM_TURNS=600 PYTEST_FLAGS='-q -k every_block_read'; \
+	else echo "check-schedulers: left out, it wants vLLM in .venv (make install)"; fi
+
 .PHONY: check-harness
 check-harness: faults-wheel ## random agents on vLLM's real schedulers, with faults (GREENROOM_TURNS=100000: the long run)
 	PYTHONPATH=target/site-faults:tests/python GREENROOM_COMMAND=target/site-faults/bin/greenroom .venv/bin/python -m pytest tests/python/harness $(PYTEST_FLAGS)
 
 .PHONY: faults-wheel
 faults-wheel: $(TOOLS)/.ready .venv/.ready ## the build with fault points, unpacked in target/site-faults
-	$(call build-wheel,--profile faults --features faults,faults,target/wheels-faults)
+	$(call build-wheel,--profile faults --features strict --features faults,faults,target/wheels-faults)
 	rm -rf target/site-faults
 	$(UV) pip install --quiet --no-deps --python .venv --target target/site-faults target/wheels-faults/greenroom-*.whl
 

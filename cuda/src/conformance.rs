@@ -486,6 +486,9 @@ mod tests {
         }
     }
 
+    /// Each fences some jobs in two dozen worlds.
+    const STOP_AND_GO_ROUNDS: u64 = 100;
+
     /// Copies stop and go at random moments, so that fences meet every state of a job.
     #[test]
     fn fences_hold_while_copies_stop_and_go() {
@@ -510,7 +513,7 @@ mod tests {
                 }
             });
             let end = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                for round in 0..4 {
+                for round in 0..STOP_AND_GO_ROUNDS {
                     let rng = Rng::new(seed.wrapping_add(round));
                     fences_hold(&mut Case {
                         factory: &factory,

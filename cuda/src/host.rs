@@ -75,12 +75,14 @@ impl HostEngine {
     }
 
     fn copy(&self, batch: &CopyBatch) -> Result<(), CopyError> {
-        kvstore::fault_delay!("host::copy::delay");
         if kvstore::fault!("host::copy::fail") {
             return Err(INJECTED);
         }
         let map = self.map(batch.arena)?;
-        for range in &batch.ranges {
+        for (nth, range) in batch.ranges.iter().enumerate() {
+            if nth + 1 == batch.ranges.len() {
+                kvstore::fault_delay!("host::copy::delay");
+            }
             let bytes = usize_from_u64(range.bytes);
             let device = ptr::with_exposed_provenance_mut::<u8>(usize_from_u64(range.device));
             // SAFETY: `submit` has checked that the range lies inside the mapping, which `self.arenas` keeps alive, and

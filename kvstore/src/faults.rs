@@ -140,7 +140,7 @@ pub const POINTS: &[Point] = &[
     ),
     point(
         "host::copy::delay",
-        "a copy is late, or held",
+        "a copy is late, or held, before its last range",
         "what waits for it waits; nothing else does",
     ),
     point(

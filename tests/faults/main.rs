@@ -35,8 +35,8 @@ const MODELS: &str = "cuda/src/models.rs: broken_variants_are_caught";
 
 macro_rules! points {
     ($($test:ident: $point:literal, $scenario:expr;)*) => {
-        /// The points that have a test here.
-        const HERE: &[&str] = &[$($point),*];
+        /// The tests here, and their points: a run's list of tests is the list of the points that were reached.
+        const HERE: &[(&str, &str)] = &[$((stringify!($test), $point)),*];
 
         $(#[test]
         fn $test() {
@@ -46,42 +46,49 @@ macro_rules! points {
 }
 
 points! {
-    no_slot_for_a_save: "store::reserve::full", scenarios::nothing_is_stored;
-    a_refused_commit: "store::commit::refused", scenarios::not_all_is_stored;
-    a_lost_commit: "actor::settle::lost", scenarios::a_commit_is_lost;
-    no_welcome: "server::welcome::kill", scenarios::another_engine_comes;
-    no_hello: "client::hello::kill", scenarios::another_engine_comes;
-    a_reply_late_or_held: "server::write::delay", scenarios::a_frame_is_held;
-    replies_reordered: "server::write::reorder", scenarios::a_frame_is_spoilt;
-    replies_twice: "server::write::duplicate", scenarios::a_frame_is_spoilt;
-    half_a_reply: "server::write::truncate", scenarios::a_frame_is_spoilt;
-    a_flipped_bit_in_a_reply: "server::write::flip", scenarios::a_bit_is_flipped;
-    no_reply_any_more: "server::write::kill", scenarios::a_frame_is_spoilt;
-    a_dead_sidecar: "server::write::abort", deaths::the_sidecar_dies;
-    a_message_late_or_held: "client::write::delay", scenarios::a_frame_is_held;
-    messages_reordered: "client::write::reorder", scenarios::a_frame_is_spoilt;
-    messages_twice: "client::write::duplicate", scenarios::a_frame_is_spoilt;
-    half_a_message: "client::write::truncate", scenarios::a_frame_is_spoilt;
-    a_flipped_bit_in_a_message: "client::write::flip", scenarios::a_bit_is_flipped;
-    no_message_any_more: "client::write::kill", scenarios::a_frame_is_spoilt;
-    a_dead_engine: "client::write::abort", deaths::an_engine_dies;
-    saves_unchecked: "hooks::recheck_saves::skip", scenarios::a_turn_is_served;
-    a_reset_unheard: "hooks::reset::skip", scenarios::a_reset_is_not_heard;
-    a_block_of_the_reserve: "budget::admit::one_less", scenarios::a_session_comes_back;
-    a_copy_late_or_held: "host::copy::delay", scenarios::a_copy_is_held;
-    a_failed_copy: "host::copy::fail", scenarios::copies_fail;
-    copies_told_late: "thread::take_finished::late", scenarios::copies_are_told_late;
-    a_call_late_or_held: "gate::handler::delay", scenarios::a_call_is_held;
-    no_room_for_a_call: "handle::ask::busy", scenarios::a_call_is_refused;
-    half_an_answer: "gate::answer::cut", scenarios::an_answer_is_cut;
+    store_reserve_full: "store::reserve::full", scenarios::nothing_is_stored;
+    store_commit_refused: "store::commit::refused", scenarios::not_all_is_stored;
+    actor_settle_lost: "actor::settle::lost", scenarios::a_commit_is_lost;
+    server_welcome_kill: "server::welcome::kill", scenarios::another_engine_comes;
+    client_hello_kill: "client::hello::kill", scenarios::another_engine_comes;
+    server_write_delay: "server::write::delay", scenarios::a_frame_is_held;
+    server_write_reorder: "server::write::reorder", scenarios::a_frame_is_spoilt;
+    server_write_duplicate: "server::write::duplicate", scenarios::a_frame_is_spoilt;
+    server_write_truncate: "server::write::truncate", scenarios::a_frame_is_spoilt;
+    server_write_flip: "server::write::flip", scenarios::a_bit_is_flipped;
+    server_write_kill: "server::write::kill", scenarios::a_frame_is_spoilt;
+    server_write_abort: "server::write::abort", deaths::the_sidecar_dies;
+    client_write_delay: "client::write::delay", scenarios::a_frame_is_held;
+    client_write_reorder: "client::write::reorder", scenarios::a_frame_is_spoilt;
+    client_write_duplicate: "client::write::duplicate", scenarios::a_frame_is_spoilt;
+    client_write_truncate: "client::write::truncate", scenarios::a_frame_is_spoilt;
+    client_write_flip: "client::write::flip", scenarios::a_bit_is_flipped;
+    client_write_kill: "client::write::kill", scenarios::a_frame_is_spoilt;
+    client_write_abort: "client::write::abort", deaths::an_engine_dies;
+    hooks_recheck_saves_skip: "hooks::recheck_saves::skip", scenarios::a_turn_is_served;
+    hooks_reset_skip: "hooks::reset::skip", scenarios::a_reset_is_not_heard;
+    budget_admit_one_less: "budget::admit::one_less", scenarios::a_session_comes_back;
+    host_copy_delay: "host::copy::delay", scenarios::a_copy_is_held;
+    host_copy_fail: "host::copy::fail", scenarios::copies_fail;
+    thread_take_finished_late: "thread::take_finished::late", scenarios::copies_are_told_late;
+    gate_handler_delay: "gate::handler::delay", scenarios::a_call_is_held;
+    handle_ask_busy: "handle::ask::busy", scenarios::a_call_is_refused;
+    gate_answer_cut: "gate::answer::cut", scenarios::an_answer_is_cut;
 }
 
 #[test]
 fn every_point_has_a_test() {
     for point in POINTS {
         let elsewhere = ELSEWHERE.iter().any(|(name, _)| *name == point.name);
-        let here = HERE.iter().filter(|name| **name == point.name).count();
+        let here = HERE.iter().filter(|(_, name)| *name == point.name).count();
         assert_eq!(here + usize::from(elsewhere), 1, "{}", point.name);
+    }
+    for (test, point) in HERE {
+        assert_eq!(
+            *test,
+            point.replace("::", "_"),
+            "the test's name is the point's"
+        );
     }
     assert_eq!(HERE.len() + ELSEWHERE.len(), POINTS.len());
 }

@@ -64,6 +64,8 @@ def prepare(
     say(f"Plain vLLM answers the story of {TURNS} turns …")
     load.learn(server)
     expected = server.ask(Ask(probe.prompt, probe.max_tokens)).tokens
+    # What engines of before have begun is over.
+    witness.audit().bury()
     campaign = Campaign(engines.greenroom(config, memory, Mortal), load, witness, tally, say)
     campaign.first(probe, expected)
     return campaign
@@ -101,7 +103,8 @@ class Campaign:
         playing.start()
         under_way = 0
         try:
-            under_way, boot = self._meet_copies(act, begun, playing), self._boot()
+            boot = self._boot()
+            under_way = self._meet_copies(act, begun, playing)
             if act.ends_vllm:
                 self.load.vllm_killed.set()
             self.acts.do(act)

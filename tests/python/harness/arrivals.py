@@ -5,6 +5,7 @@ Sessions can be written down beforehand: what the model answers follows from its
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -73,12 +74,12 @@ def play(engine: Engine, arrivals: list[Arrival], hints: Hints | None) -> None:
     raise AssertionError(f"after {ROUNDS_MAX} rounds these requests hang: {list(by_request)[:5]}")
 
 
-def count(extra: dict[str, Any] | None) -> Counter[str]:
+def count(extra: dict[str, Any] | None, asynchronous: bool = False) -> Counter[str]:
     """What happens over all seeds; without Greenroom if there is no configuration for it."""
     happened: Counter[str] = Counter()
     with Sidecar("64MiB", name="arrivals") as sidecar:
         for seed in range(SEEDS):
-            options = EngineOptions(greenroom=extra is not None, extra=extra or {})
+            options = EngineOptions(greenroom=extra is not None, extra=extra or {}, asynchronous=asynchronous)
             engine = Engine(options, sidecar.socket)
             hints = None if extra is None else Hints(sidecar)
             try:
@@ -95,10 +96,11 @@ def count(extra: dict[str, Any] | None) -> Counter[str]:
 
 
 def main() -> None:
-    for kind, extra in KINDS.items():
-        found = count(extra)
+    for asynchronous, (kind, extra) in itertools.product((False, True), KINDS.items()):
+        found = count(extra, asynchronous)
         names = ("preemptions", "steps", "demand_blocks", "prefetch_blocks", "prefetch_used")
-        print(f"{kind:<24}" + "   ".join(f"{name} {found[name]}" for name in names), flush=True)
+        scheduler = "AsyncScheduler" if asynchronous else "Scheduler"
+        print(f"{scheduler:<15}{kind:<24}" + "   ".join(f"{name} {found[name]}" for name in names), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import dataclasses
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,10 @@ class ReserveTaken(AssertionError):
 class CheckedHooks:
     """The native hooks, with an eye on what a plan takes from the pool."""
 
-    def __init__(self, hooks: Any) -> None:
+    def __init__(self, hooks: Any, needed: Callable[[], int]) -> None:
+        """``needed``: see ``Engine.needed_blocks``."""
         self._hooks = hooks
+        self._needed = needed
         self.starved: list[str] = []
         """Running requests that this step could not give a block."""
 
@@ -87,8 +89,10 @@ class CheckedHooks:
 
         pool.take = take
         plan: bytes | None = self._hooks.plan(pool, reserve, handed_out, activity)
-        if taken and pool.free() < reserve:
-            raise ReserveTaken(f"a fetch of {taken} blocks leaves {pool.free()} free, and requests need {reserve}")
+        if taken and pool.free() < self._needed():
+            raise ReserveTaken(
+                f"a fetch of {taken} blocks leaves {pool.free()} free, and requests need {self._needed()}"
+            )
         if taken and self.starved:
             raise ReserveTaken(
                 f"a fetch of {taken} blocks while {self.starved} wait for blocks in the middle of a turn"
@@ -223,9 +227,12 @@ class Engine:
 
     def _watch_connector(self, connector: Any) -> None:
         side, build = connector._scheduler_side, connector.build_connector_meta
-        side._hooks = checked = CheckedHooks(side._hooks)
+        scheduled: Mapping[str, int] = {}
+        side._hooks = checked = CheckedHooks(side._hooks, lambda: self.needed_blocks(scheduled))
 
         def build_meta(output: SchedulerOutput) -> Any:
+            nonlocal scheduled
+            scheduled = output.num_scheduled_tokens
             # A step ahead of its outputs also leaves out what has nothing to compute yet.
             if not self.options.asynchronous and output.total_num_scheduled_tokens < self.options.step_tokens:
                 running = [one.request_id for one in self.scheduler.running]
@@ -451,12 +458,32 @@ class Engine:
 
     # What must hold
 
+    def needed_blocks(self, scheduled: Mapping[str, int]) -> int:
+        """Blocks that the requests still need for the tokens they have and one more, by vLLM's own books.
+
+        ``scheduled``: tokens of the step that is being put together, whose blocks they hold already.
+        """
+        manager, size, needed = self.scheduler.kv_cache_manager, self.options.block_tokens, 0
+        for request in self.scheduler.requests.values():
+            if request.is_finished():
+                continue
+            (held,) = manager.get_block_ids(request.request_id)
+            computed = request.num_computed_tokens + scheduled.get(request.request_id, 0)
+            tokens = max(request.num_tokens, computed) + 1
+            needed += max(0, -(-tokens // size) - len(held))
+        return needed
+
     def check_pool(self) -> None:
-        """Every block that vLLM's prefix cache knows holds the first bytes of its hash.
+        """Every block that vLLM's prefix cache knows holds the first bytes of its hash, and each is free or referenced.
 
         Not while a batch is out: it may hold hashes of blocks that are yet to be computed.
         """
-        for block in self.scheduler.kv_cache_manager.block_pool.blocks:
+        blocks = self.scheduler.kv_cache_manager.block_pool.blocks
+        idle = sum(block.ref_cnt == 0 and not block.is_null for block in blocks)
+        assert idle == self.free_blocks(), (
+            f"step {self.steps}: {idle} blocks idle, {self.free_blocks()} on the free list"
+        )
+        for block in blocks:
             if block.block_hash is None:
                 continue
             bare = bytes(block.block_hash[:32])

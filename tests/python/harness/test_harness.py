@@ -6,11 +6,14 @@ the sidecar do in between is the machine's to choose, so a replay meets the same
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -22,6 +25,7 @@ if not faults.available():
     # Before anything else is imported: see the head of `engine`.
     pytest.skip("needs the build with fault points: make check-harness", allow_module_level=True)
 
+from greenroom.vllm import compat
 from harness import arrivals
 from harness.engine import Engine, EngineOptions, FirstKey, ReserveTaken, WrongBytes
 from harness.model import VOCABULARY
@@ -42,7 +46,21 @@ MUST_HAPPEN = (
     "weights_changed",
     "id_reused",
     "sidecar_killed",
+    "evicted",
+    "tool_start",
+    "tool_end",
+    "tool_progress",
+    "tool_repeated",
+    "unknown_session",
+    "prefetch",
+    "prefetch_cancelled",
+    "pin",
+    "unpin",
+    "demote",
+    "retire",
 )
+STATUSES = frozenset({200, 404, 409, 429, 0})
+"""What the API may answer here; 0: its sidecar was dead."""
 MEMORY = "2MiB"
 """Less than the sessions need: slots are evicted, too."""
 SCHEDULERS = pytest.mark.parametrize("asynchronous", [False, True], ids=["scheduler", "async-scheduler"])
@@ -82,6 +100,7 @@ def live(sidecar: Sidecar, seed: int, turns: int, engine: EngineOptions, options
         print(dict(world.tally.events), f"answers of the API: {dict(hints.statuses)}")
         hints.close()
         world.close()
+    assert not set(hints.statuses) - STATUSES, hints.statuses
     return world.tally.events
 
 
@@ -101,7 +120,8 @@ def test_every_block_read_has_the_bytes_of_its_first_computation(
 @SCHEDULERS
 def test_two_ranks_whose_processes_are_killed(sidecar: Sidecar, seed: int, asynchronous: bool) -> None:
     engine = EngineOptions(asynchronous=asynchronous, ranks=2, processes=True)
-    turns = TURNS // 2
+    # Every new engine costs seconds, for its worker processes.
+    turns = TURNS // 4
     happened = live(sidecar, seed, turns, engine, WorldOptions(engine_death_every=400))
     check(happened, turns, ("scheduler_killed", "workers_killed"))
 
@@ -167,17 +187,33 @@ def test_sessions_that_exceed_the_pool(sidecar: Sidecar, seed: int, asynchronous
         engine.close()
 
 
-BROKEN: dict[str, tuple[str, type[Exception]]] = {
-    "no fence": ("hooks::recheck_saves::skip", WrongBytes),
-    "a block of the reserve": ("budget::admit::one_less", ReserveTaken),
-    "published before it is copied": ("mover::submit::report_early", WrongBytes),
-    "no epoch": ("hooks::reset::skip", WrongBytes),
+@contextlib.contextmanager
+def reserve_off_by_one() -> Iterator[None]:
+    """The connector tells the hooks of a block less than requests need."""
+    survey = compat.survey
+
+    def wrong(*args: Any) -> compat.Survey:
+        found = survey(*args)
+        return dataclasses.replace(found, reserve_blocks=max(0, found.reserve_blocks - 1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compat, "survey", wrong)
+        yield
+
+
+BROKEN: dict[str, tuple[Callable[[], contextlib.AbstractContextManager[None]], type[Exception]]] = {
+    "no fence": (partial(faults.fault, "hooks::recheck_saves::skip", "return"), WrongBytes),
+    "a block of the reserve": (partial(faults.fault, "budget::admit::one_less", "return"), ReserveTaken),
+    "the reserve off by one": (reserve_off_by_one, ReserveTaken),
+    "published before it is copied": (partial(faults.fault, "mover::submit::report_early", "return"), WrongBytes),
+    "no epoch": (partial(faults.fault, "hooks::reset::skip", "return"), WrongBytes),
 }
 
 
-def test_no_more_requests_fall_than_without_greenroom() -> None:
+@SCHEDULERS
+def test_no_more_requests_fall_than_without_greenroom(asynchronous: bool) -> None:
     """The same arrivals, in a pool that is too small for them."""
-    without, loads, everything = (arrivals.count(extra) for extra in arrivals.KINDS.values())
+    without, loads, everything = (arrivals.count(extra, asynchronous) for extra in arrivals.KINDS.values())
     fell = [one["preemptions"] for one in (without, loads, everything)]
     print(f"preemptions without Greenroom, with loads, with fetches too: {fell}")
     assert fell[0] > arrivals.SEEDS, "nothing falls that could fall more often"
@@ -190,7 +226,7 @@ def test_no_more_requests_fall_than_without_greenroom() -> None:
 @pytest.mark.parametrize("broken", list(BROKEN))
 def test_the_harness_catches(sidecar: Sidecar, seed: int, asynchronous: bool, broken: str) -> None:
     """A test of the test: with a mistake made on purpose, some turn of the first 10,000 shows it."""
-    point, error = BROKEN[broken]
-    with faults.fault(point, "return"), pytest.raises(error) as caught:
+    mistake, error = BROKEN[broken]
+    with mistake(), pytest.raises(error) as caught:
         live(sidecar, seed, BROKEN_TURNS, EngineOptions(asynchronous=asynchronous), WorldOptions(death_every=0))
     print(caught.value)

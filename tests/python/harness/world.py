@@ -171,9 +171,13 @@ class World:
         self._kinds: dict[str, Callable[[], None]] = {
             "tool_start": self._tool_start,
             "tool_end": self._tool_end,
+            "tool_progress": self._tool_progress,
             "tool_repeated": self._tool_repeated,
             "unknown_session": self._unknown_session,
             "prefetch": self._prefetch,
+            "prefetch_cancelled": self._prefetch_cancelled,
+            "pin": self._pin,
+            "unpin": self._unpin,
             "demote": self._demote,
             "retire": self._retire,
         }
@@ -220,13 +224,14 @@ class World:
         self.engine.step()
         self._take_answers()
 
-    def run(self, turns: int, check_every: int = 16) -> Tally:
-        """Rounds until so many turns have ended."""
+    def run(self, turns: int, drain_every: int = 16) -> Tally:
+        """Rounds until so many turns have ended, with a look at the pool after each that leaves no batch out."""
         while self.tally.turns < turns:
             self.round()
-            if self._rounds % check_every == 0:
+            if self._rounds % drain_every == 0:
                 self.engine.drain()
                 self._take_answers()
+            if not self.engine.batches_out():
                 self.engine.check_pool()
         return self.tally
 
@@ -251,6 +256,7 @@ class World:
             return bool(host["slots_leased"] == host["slots_draining"] == 0)
 
         wait_until("the slots that copies used", all_given_back, GIVE_BACK_S, poll_s=0.01)
+        self._count_evictions()
 
     # Requests
 
@@ -330,8 +336,13 @@ class World:
                 self._bring_back()
         elif self._rng.randrange(self.options.death_every) == 0:
             self.tally.events["sidecar_killed"] += 1
+            self._count_evictions()
             sidecar.kill()
             self._sidecar_returns = self._rounds + self._rng.randint(*self.options.death_rounds)
+
+    def _count_evictions(self) -> None:
+        """A sidecar that dies takes its count along."""
+        self.tally.events["evicted"] += int(self._hints.sidecar.metrics().sum("greenroom_evicted_blocks_total"))
 
     def _bring_back(self) -> None:
         self._sidecar_returns = None
@@ -407,6 +418,10 @@ class World:
         self._tool(agent, "tool_end", {"call_id": agent.call} if agent.call else {})
         agent.call = None
 
+    def _tool_progress(self) -> None:
+        agent = self._rng.choice(self._agents)
+        self._tool(agent, "tool_progress", {"eta_ms": self._rng.randrange(1, 400)})
+
     def _tool_repeated(self) -> None:
         agent = self._rng.choice(self._agents)
         for _ in range(2):
@@ -417,6 +432,18 @@ class World:
 
     def _prefetch(self) -> None:
         self._hints.hint("kv.prefetch", self._rng.choice(self._agents).name)
+
+    def _prefetch_cancelled(self) -> None:
+        """Its tool runs again after all."""
+        agent = self._rng.choice(self._agents)
+        self._hints.hint("kv.prefetch", agent.name)
+        self._tool_start(agent)
+
+    def _pin(self) -> None:
+        self._hints.hint("kv.pin", self._rng.choice(self._agents).name)
+
+    def _unpin(self) -> None:
+        self._hints.hint("kv.unpin", self._rng.choice(self._agents).name)
 
     def _demote(self) -> None:
         self._hints.hint("kv.demote", self._rng.choice(self._agents).name)

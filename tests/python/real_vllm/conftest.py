@@ -14,7 +14,7 @@ ORDER = (
     "test_audit",
     "test_answers",
     "test_pressure",
-    "test_death",
+    "test_campaign",
     "test_lora",
     "test_speculation",
     "test_two_ranks",
