@@ -55,11 +55,11 @@ from support.servers import (
 
 ROUNDS = 8
 ROUNDS_MIN = 8
-SETS = 4
+SETS = 8
 """Of a round, after one that warms up."""
-SETS_MIN = 3
+SETS_MIN = 6
 """Valid ones, of a round that counts."""
-REQUESTS = 12
+REQUESTS = 4
 SECONDS = 2400.0
 CONCURRENCY = 4
 PROMPT_TOKENS = 512
