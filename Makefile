@@ -57,7 +57,7 @@ install: wheel .venv/.ready ## the wheel, installed beside vLLM in .venv
 # ---- for developers
 
 .PHONY: test
-test: check check-harness install install-026 ## what CI runs: `check`, then what needs a real vLLM (35 minutes on 2 cores)
+test: check check-harness install install-026 ## what CI runs: `check`, then what needs a real vLLM (40 minutes on 2 cores)
 	.venv-026/bin/python -m pytest tests/python/unit $(PYTEST_FLAGS)
 	.venv/bin/python -m pytest tests/python $(PYTEST_FLAGS)
 
