@@ -103,7 +103,16 @@ fn kept_waiting(sidecar: &Sidecar, engine: &mut Engine) -> Holders {
     let mine = session(40, 1);
     turn_and_save(engine, sidecar, "a", &mine);
     evict(engine, &mine);
-    engine.settle();
+    until("nothing is left to save", || {
+        engine.settle();
+        let before = engine.hooks.figures().saved_blocks;
+        // What was asked for is granted when this returns, and is shipped at once.
+        hear(engine);
+        engine.settle();
+        let status = sidecar.get("/v1/status");
+        engine.hooks.figures().saved_blocks == before
+            && status["tiers"]["host"]["slots_leased"] == 0
+    });
     engine
         .hooks
         .turn_started("r", Some("a"), &mine, Instant::now());
