@@ -81,6 +81,17 @@ def sidecar() -> Iterator[Sidecar]:
         yield running
 
 
+def accidents(turns: int, engine_death_every: int = 0) -> WorldOptions:
+    """Resets and deaths as usual, or, in a short run, so often that each happens some times: a turn has two rounds."""
+    usual, every = WorldOptions(), turns // 6
+    return WorldOptions(
+        reset_every=min(usual.reset_every, every),
+        weights_every=min(usual.weights_every, every),
+        death_every=min(usual.death_every, every),
+        engine_death_every=engine_death_every,
+    )
+
+
 def live(sidecar: Sidecar, seed: int, turns: int, engine: EngineOptions, options: WorldOptions) -> Counter[str]:
     """Agents live through so many turns; then everything has to be given back. Returns what has happened."""
     digests: dict[FirstKey, bytes] = {}
@@ -114,15 +125,14 @@ def check(happened: Counter[str], turns: int, also: Sequence[str] = ()) -> None:
 def test_every_block_read_has_the_bytes_of_its_first_computation(
     sidecar: Sidecar, seed: int, asynchronous: bool
 ) -> None:
-    check(live(sidecar, seed, TURNS, EngineOptions(asynchronous=asynchronous), WorldOptions()), TURNS)
+    check(live(sidecar, seed, TURNS, EngineOptions(asynchronous=asynchronous), accidents(TURNS)), TURNS)
 
 
 @SCHEDULERS
 def test_two_ranks_whose_processes_are_killed(sidecar: Sidecar, seed: int, asynchronous: bool) -> None:
     engine = EngineOptions(asynchronous=asynchronous, ranks=2, processes=True)
-    # Every new engine costs seconds, for its worker processes.
-    turns = TURNS // 4
-    happened = live(sidecar, seed, turns, engine, WorldOptions(engine_death_every=400))
+    turns = TURNS // 2
+    happened = live(sidecar, seed, turns, engine, accidents(turns, engine_death_every=400))
     check(happened, turns, ("scheduler_killed", "workers_killed"))
 
 
