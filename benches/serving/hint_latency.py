@@ -31,6 +31,7 @@ from support import rest
 from support.paths import LOGS, ROOT
 from support.process import wait_until
 from support.servers import Connector, Rig, VllmConfig, rig
+from support.tail import Tail
 
 SAMPLES = 102
 SAMPLES_MIN = 100
@@ -99,17 +100,12 @@ class Steps:
     """Reads what the witness writes, while it is written."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        self._rest = b""
+        self._tail = Tail(path)
         self._seen: list[Step] = []
-
-    def close(self) -> None:
-        self._file.close()
 
     def seen(self) -> list[Step]:
         """All steps so far."""
-        *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
-        for line in map(json.loads, lines):
+        for line in self._tail.read():
             loads = tuple((kind, tuple(slots)) for kind, slots in line["loads"])
             self._seen.append(Step(line["at"], line["computes"], loads, tuple(map(tuple, line["saves"]))))
         return self._seen
@@ -391,7 +387,7 @@ def main(options: argparse.Namespace) -> int:
     LOGS.mkdir(parents=True, exist_ok=True)
     STEPS_LOG.write_bytes(b"")
     say("Starting the sidecar and vLLM with Greenroom (half a minute; more on a busy machine) …")
-    # A flood finds its own KV in the arena, however busy the machine is: rounds stay short.
+    # A session finds its own KV in the arena, however busy the machine is: rounds stay short.
     with rig(WITNESSED, "256MiB", say, "hint-latency", lookup_wait_ms=10_000) as made:
         log = Steps(STEPS_LOG)
         bench = Bench(made, log, options)
@@ -401,7 +397,6 @@ def main(options: argparse.Namespace) -> int:
             samples = measure(bench, options.samples, options.seconds)
         finally:
             bench.close()
-            log.close()
     content = {
         "arms": summary(samples),
         **facts,

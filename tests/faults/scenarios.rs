@@ -208,14 +208,12 @@ pub(super) fn copies_fail(world: &mut World, point: &'static str) {
 /// Steps the struck engine until it has reported that a copy of a kind failed.
 fn a_copy_has_failed(world: &mut World, kind: &str) {
     let series = format!(
-        "greenroom_copy_failures_total{{direction=\"{}\",kind=\"{kind}\"}} ",
+        "greenroom_copy_failures_total{{direction=\"{}\",kind=\"{kind}\"}}",
         if kind == "save" { "d2h" } else { "h2d" }
     );
     until("a copy of the kind has failed", || {
         world.struck.step();
-        let metrics = world.sidecar.text("/metrics");
-        let value = metrics.lines().find_map(|line| line.strip_prefix(&series));
-        value.is_some_and(|failed| failed != "0")
+        world.sidecar.metric(&series) > 0
     });
 }
 

@@ -167,6 +167,16 @@ impl Sidecar {
             .unwrap()
     }
 
+    /// The value of one series of `GET /metrics`.
+    ///
+    /// # Panics
+    /// If there is no such series.
+    pub fn metric(&self, series: &str) -> u64 {
+        let text = self.text("/metrics");
+        let value = |line: &str| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok();
+        text.lines().find_map(value).unwrap()
+    }
+
     /// One prefetch hint for a session; its result.
     pub fn prefetch(&self, session: &str, message: &str) -> Value {
         self.hint("kv.prefetch", session, message)

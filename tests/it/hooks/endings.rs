@@ -41,10 +41,7 @@ fn another_engine_of_the_same_weights_hits_what_a_dead_one_left() {
 
 #[test]
 fn a_reset_means_it() {
-    let sidecar = Sidecar::start(MEMORY);
-    let mut engine = Engine::start(&sidecar, "e", 100);
-    let mine = session(40, 1);
-    turn_and_save(&mut engine, &sidecar, "a", &mine);
+    let (_sidecar, mut engine, mine) = with_a_saved();
     assert!(engine.pool.reset());
     engine.hooks.reset();
     engine.settle();
@@ -82,10 +79,7 @@ fn what_was_saved_after_a_reset_ends_with_its_engine() {
 
 #[test]
 fn an_aborted_load_and_retired_sessions_leave_nothing_behind() {
-    let sidecar = Sidecar::start(MEMORY);
-    let mut engine = Engine::start(&sidecar, "e", 100);
-    let mine = session(40, 1);
-    turn_and_save(&mut engine, &sidecar, "a", &mine);
+    let (sidecar, mut engine, mine) = with_a_saved();
     evict(&mut engine, &mine);
     assert!(engine.aborted_turn("a", &mine));
     engine.settle();
@@ -105,10 +99,7 @@ fn an_aborted_load_and_retired_sessions_leave_nothing_behind() {
 /// A want that was pushed before a reset is received after it: its lease is of the old epoch.
 #[test]
 fn a_want_that_crosses_a_reset_is_not_believed() {
-    let sidecar = Sidecar::start(MEMORY);
-    let mut engine = Engine::start(&sidecar, "e", 100);
-    let mine = session(40, 1);
-    turn_and_save(&mut engine, &sidecar, "a", &mine);
+    let (sidecar, mut engine, mine) = with_a_saved();
     evict(&mut engine, &mine);
     engine.settle();
     assert_eq!(engine.pool.leading(&mine), 0);
@@ -152,10 +143,7 @@ fn what_a_retired_session_alone_had_is_freed_on_the_gpu_too() {
 
 #[test]
 fn what_arrives_while_the_engine_is_paused_is_done_when_it_goes_on() {
-    let sidecar = Sidecar::start(MEMORY);
-    let mut engine = Engine::start(&sidecar, "e", 100);
-    let mine = session(40, 1);
-    turn_and_save(&mut engine, &sidecar, "a", &mine);
+    let (sidecar, mut engine, mine) = with_a_saved();
     sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
     engine.reserve = 100;
     engine.flood(7, 200);

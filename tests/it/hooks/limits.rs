@@ -159,9 +159,7 @@ fn a_lease_that_ends_while_its_request_waits_is_not_used() {
         leased() == BLOCKS
     });
     until("the lease has ended", || {
-        sidecar
-            .text("/metrics")
-            .contains("greenroom_expired_leases_total 1\n")
+        sidecar.metric("greenroom_expired_leases_total") == 1
     });
     assert_eq!(leased(), BLOCKS, "the engine may still copy");
     let found = ask(&mut engine, Holders::default());
@@ -212,10 +210,7 @@ fn a_long_session_comes_back_in_steps_of_bounded_work() {
 
 #[test]
 fn a_session_that_only_was_held_is_said_to_be_gone_when_it_is() {
-    let sidecar = Sidecar::start(MEMORY);
-    let mut engine = Engine::start(&sidecar, "e", 100);
-    let mine = session(40, 1);
-    turn_and_save(&mut engine, &sidecar, "a", &mine);
+    let (sidecar, mut engine, mine) = with_a_saved();
     let mut seed = 7;
     until("the hold is over and its blocks are gone", || {
         seed += 1;
@@ -231,10 +226,7 @@ fn a_session_that_only_was_held_is_said_to_be_gone_when_it_is() {
 /// Of a reserve that stays high, neither saves nor the fetches that wait for them may hang.
 #[test]
 fn what_is_saved_under_a_high_reserve_is_saved_in_parts() {
-    let sidecar = Sidecar::start(MEMORY);
-    let mut engine = Engine::start(&sidecar, "e", 100);
-    let mine = session(40, 1);
-    turn_and_save(&mut engine, &sidecar, "a", &mine);
+    let (sidecar, mut engine, mine) = with_a_saved();
     evict(&mut engine, &mine);
     engine.settle();
     engine.turn(Some("b"), &session(40, 2));

@@ -21,10 +21,7 @@ fn an_evicted_session_is_loaded_on_demand() {
 
 #[test]
 fn a_tool_end_brings_the_session_back_before_its_request() {
-    let sidecar = Sidecar::start(MEMORY);
-    let mut engine = Engine::start(&sidecar, "e", 100);
-    let mine = session(40, 1);
-    turn_and_save(&mut engine, &sidecar, "a", &mine);
+    let (sidecar, mut engine, mine) = with_a_saved();
     evict(&mut engine, &mine);
     assert_eq!(engine.pool.leading(&mine), 0);
     sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
@@ -44,10 +41,7 @@ fn a_tool_end_brings_the_session_back_before_its_request() {
 
 #[test]
 fn a_waiting_session_comes_back_when_there_is_room() {
-    let sidecar = Sidecar::start(MEMORY);
-    let mut engine = Engine::start(&sidecar, "e", 100);
-    let mine = session(40, 1);
-    turn_and_save(&mut engine, &sidecar, "a", &mine);
+    let (sidecar, mut engine, mine) = with_a_saved();
     evict(&mut engine, &mine);
     engine.reserve = 80;
     sidecar.post(
@@ -69,10 +63,7 @@ fn a_waiting_session_comes_back_when_there_is_room() {
 
 #[test]
 fn a_person_is_not_waited_for_with_blocks() {
-    let sidecar = Sidecar::start(MEMORY);
-    let mut engine = Engine::start(&sidecar, "e", 100);
-    let mine = session(40, 1);
-    turn_and_save(&mut engine, &sidecar, "a", &mine);
+    let (sidecar, mut engine, mine) = with_a_saved();
     evict(&mut engine, &mine);
     sidecar.post(
         "/v1/sessions/a/tool_start",
@@ -103,10 +94,7 @@ fn a_session_may_diverge_behind_the_chunk_that_is_being_loaded() {
 }
 
 fn a_session_diverges_while_it_is_being_loaded(shared: u32) {
-    let sidecar = Sidecar::start(MEMORY);
-    let mut engine = Engine::start(&sidecar, "e", 100);
-    let mine = session(40, 1);
-    turn_and_save(&mut engine, &sidecar, "a", &mine);
+    let (sidecar, mut engine, mine) = with_a_saved();
     evict(&mut engine, &mine);
     engine.reserve = 90;
     engine.switch.hold();
@@ -146,10 +134,7 @@ fn a_session_diverges_while_it_is_being_loaded(shared: u32) {
 /// The same through hints that name blocks.
 #[test]
 fn two_chains_with_one_last_block_are_two_sessions() {
-    let sidecar = Sidecar::start(MEMORY);
-    let mut engine = Engine::start(&sidecar, "e", 100);
-    let mine = session(40, 1);
-    turn_and_save(&mut engine, &sidecar, "a", &mine);
+    let (sidecar, mut engine, mine) = with_a_saved();
     evict(&mut engine, &mine);
     engine.reserve = 90;
     engine.switch.hold();
