@@ -2,6 +2,8 @@
 //!
 //! Reads files and asks Python for version numbers; never initialises CUDA, never takes memory, changes nothing.
 
+mod driver;
+mod gpu;
 mod machine;
 mod places;
 mod vllm;
@@ -64,31 +66,35 @@ impl Finding {
         }
     }
 
-    fn note(area: &'static str, found: impl Into<String>) -> Self {
-        Self {
-            severity: Severity::Note,
-            ..Self::ok(area, found)
-        }
+    fn note(area: &'static str, found: impl Into<String>) -> Unanswered {
+        Unanswered::new(area, Severity::Note, found)
     }
 
-    fn warning(area: &'static str, found: impl Into<String>) -> Self {
-        Self {
-            severity: Severity::Warning,
-            ..Self::ok(area, found)
-        }
+    fn warning(area: &'static str, found: impl Into<String>) -> Unanswered {
+        Unanswered::new(area, Severity::Warning, found)
     }
 
-    fn problem(area: &'static str, found: impl Into<String>) -> Self {
-        Self {
-            severity: Severity::Problem,
-            ..Self::ok(area, found)
-        }
+    fn problem(area: &'static str, found: impl Into<String>) -> Unanswered {
+        Unanswered::new(area, Severity::Problem, found)
+    }
+}
+
+/// Something that is not as it should be: a finding once it says what to do.
+#[must_use]
+struct Unanswered(Finding);
+
+impl Unanswered {
+    fn new(area: &'static str, severity: Severity, found: impl Into<String>) -> Self {
+        Self(Finding {
+            severity,
+            ..Finding::ok(area, found)
+        })
     }
 
-    fn do_this(self, action: impl Into<String>) -> Self {
-        Self {
+    fn do_this(self, action: impl Into<String>) -> Finding {
+        Finding {
             action: Some(action.into()),
-            ..self
+            ..self.0
         }
     }
 }
@@ -96,9 +102,10 @@ impl Finding {
 pub(super) fn run(args: DoctorArgs) -> Result<(), CliError> {
     let settings = merged(args.config, args.settings)?;
     let root = Path::new("/");
-    let mut findings = vec![machine::driver(root)];
-    findings.extend(machine::pcie(root));
-    findings.extend(machine::memory(&settings));
+    let mut findings = vec![driver::release(root)];
+    findings.extend(driver::wsl(root));
+    findings.extend(gpu::check(root));
+    findings.extend(machine::memory(root, &settings));
     findings.push(machine::memlock());
     findings.extend(places::check(&settings));
     findings.extend(vllm::check());
@@ -142,6 +149,34 @@ fn readable(findings: &[Finding]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+
+    /// A made-up machine: files below a folder.
+    pub(super) struct Root(tempfile::TempDir);
+
+    impl Root {
+        pub(super) fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        pub(super) fn path(&self) -> &Path {
+            self.0.path()
+        }
+
+        pub(super) fn file(&self, path: &str, text: &str) -> &Self {
+            let path = self.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, format!("{text}\n")).unwrap();
+            self
+        }
+
+        pub(super) fn link(&self, path: &str, to: &str) -> &Self {
+            let path = self.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::os::unix::fs::symlink(self.path().join(to), path).unwrap();
+            self
+        }
+    }
 
     #[test]
     fn findings_read_well_and_say_what_to_do() {
@@ -157,10 +192,14 @@ mod tests {
 
     #[test]
     fn scripts_get_the_severity_as_a_word() {
-        let json = serde_json::to_value(Finding::warning("pcie", "x8 of x16")).unwrap();
+        let json = |finding| serde_json::to_value::<Finding>(finding).unwrap();
         assert_eq!(
-            json,
-            serde_json::json!({"area": "pcie", "severity": "warning", "found": "x8 of x16"})
+            json(Finding::warning("pcie", "x8 of x16").do_this("reseat it")),
+            serde_json::json!({"area": "pcie", "severity": "warning", "found": "x8 of x16", "action": "reseat it"})
+        );
+        assert_eq!(
+            json(Finding::ok("http", "free")),
+            serde_json::json!({"area": "http", "severity": "ok", "found": "free"})
         );
     }
 }

@@ -1,4 +1,4 @@
-//! The machine: driver, PCIe links, memory, huge pages. Files only, below a root that tests replace.
+//! The machine's memory: what the arena takes, huge pages, limits on them and on page-locking.
 
 use std::fs;
 use std::path::Path;
@@ -8,97 +8,23 @@ use rustix::process::{Resource, getrlimit};
 use super::Finding;
 use crate::config::{Config, ConfigError, Machine, Pages, Settings, Size};
 
-/// Where the driver's library is usually found.
-const LIBCUDA: [&str; 5] = [
-    "usr/lib/x86_64-linux-gnu/libcuda.so.1",
-    "usr/lib/aarch64-linux-gnu/libcuda.so.1",
-    "usr/lib64/libcuda.so.1",
-    "usr/lib/libcuda.so.1",
-    "usr/lib/wsl/lib/libcuda.so.1",
-];
-
-/// PCI vendor number of NVIDIA.
-const NVIDIA: &str = "0x10de";
-
 /// An arena above this share of what is free leaves little for the engine itself.
 const SHARE_TIGHT: f64 = 0.8;
 
-/// Is there a driver that an engine could use?
-pub(super) fn driver(root: &Path) -> Finding {
-    let area = "driver";
-    let version = fs::read_to_string(root.join("proc/driver/nvidia/version")).ok();
-    let version = version.as_deref().and_then(driver_version);
-    let library = LIBCUDA.iter().any(|path| root.join(path).exists());
-    let devices = root.join("dev/nvidiactl").exists() || root.join("dev/dxg").exists();
-    match (version, library, devices) {
-        (Some(version), true, true) => Finding::ok(area, format!("NVIDIA driver {version}")),
-        (None, true, true) => Finding::ok(area, "NVIDIA driver (WSL or unknown version)"),
-        (None, _, false) => Finding::note(area, "no NVIDIA driver: only CPU builds of vLLM can run here"),
-        (_, false, _) => Finding::warning(area, "the NVIDIA driver runs, but libcuda.so.1 is not in the usual folders")
-            .do_this("in a container, start it with --gpus all (the NVIDIA container toolkit brings the library in)"),
-        (Some(_), _, false) => Finding::warning(area, "the NVIDIA driver is loaded, but /dev/nvidiactl is not here")
-            .do_this("in a container, start it with --gpus all; on a host, run nvidia-modprobe or nvidia-smi once as root"),
-    }
-}
-
-/// `NVRM version: NVIDIA UNIX ... Kernel Module  580.65.06  Release Build` → `580.65.06`.
-fn driver_version(text: &str) -> Option<String> {
-    let line = text.lines().find(|l| l.starts_with("NVRM version:"))?;
-    let is_version =
-        |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
-    line.split_whitespace().find(is_version).map(str::to_owned)
-}
-
-/// The PCIe link of every NVIDIA GPU: its width bounds how fast KV comes back.
-pub(super) fn pcie(root: &Path) -> Vec<Finding> {
-    let Ok(entries) = fs::read_dir(root.join("sys/bus/pci/devices")) else {
-        return Vec::new();
-    };
-    let mut folders: Vec<_> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
-    folders.sort();
-    folders.iter().filter_map(|folder| link(folder)).collect()
-}
-
-fn link(folder: &Path) -> Option<Finding> {
-    let area = "pcie";
-    let read = |name: &str| {
-        fs::read_to_string(folder.join(name))
-            .ok()
-            .map(|t| t.trim().to_owned())
-    };
-    let display = read("class")?.starts_with("0x03");
-    if read("vendor")? != NVIDIA || !display {
-        return None;
-    }
-    let address = folder.file_name()?.to_string_lossy().into_owned();
-    let (Some(width), Some(most)) = (read("current_link_width"), read("max_link_width")) else {
-        return Some(Finding::note(
-            area,
-            format!("GPU {address}: the system does not tell its link width"),
-        ));
-    };
-    let speed = read("max_link_speed").unwrap_or_else(|| "unknown speed".to_owned());
-    let (Ok(now), Ok(could)) = (width.parse::<u32>(), most.parse::<u32>()) else {
-        return Some(Finding::note(
-            area,
-            format!("GPU {address}: link x{width} of x{most}"),
-        ));
-    };
-    let found = format!("GPU {address}: link x{now} of x{could} ({speed} at most)");
-    Some(if now < could {
-        Finding::warning(area, found)
-            .do_this("KV comes back that much slower: put the card into a full-width slot, reseat it, or free lanes that other devices share")
-    } else {
-        Finding::ok(area, found)
-    })
-}
-
 /// What `greenroom serve` would take, and whether it fits.
-pub(super) fn memory(settings: &Settings) -> Vec<Finding> {
-    match Machine::probe() {
-        Ok(machine) => vec![arena(settings, &machine), huge_pages(settings, &machine)],
-        Err(error) => vec![Finding::problem("memory", error.to_string())],
-    }
+pub(super) fn memory(root: &Path, settings: &Settings) -> Vec<Finding> {
+    let machine = match Machine::probe() {
+        Ok(machine) => machine,
+        Err(error) => {
+            return vec![
+                Finding::problem("memory", error.to_string())
+                    .do_this("mount /proc; `greenroom serve` needs it too"),
+            ];
+        }
+    };
+    let mut findings = vec![arena(settings, &machine), huge_pages(settings, &machine)];
+    findings.extend(huge_limit(root, settings, &machine));
+    findings
 }
 
 fn arena(settings: &Settings, machine: &Machine) -> Finding {
@@ -156,6 +82,41 @@ fn huge_pages(settings: &Settings, machine: &Machine) -> Finding {
     }
 }
 
+/// A control group may allow fewer huge pages than the machine has free; an arena beyond that dies of SIGBUS, so it is said before.
+fn huge_limit(root: &Path, settings: &Settings, machine: &Machine) -> Option<Finding> {
+    if settings.page_size != Some(Pages::Huge) {
+        return None;
+    }
+    let takes = Config::resolve(settings.clone(), machine).ok()?.memory;
+    let room = huge_room(root)?;
+    (room < takes).then(|| {
+        let (takes, room) = (super::out::size(takes), super::out::size(room));
+        let found = format!("the control group leaves {room} in 2MiB pages, serve takes {takes}");
+        Finding::problem("huge pages", found)
+            .do_this("raise its hugetlb.2MB.max (Kubernetes: the limit hugepages-2Mi), or give a smaller --memory")
+    })
+}
+
+/// What the tightest control group around this process leaves in 2 MiB pages, in bytes; none if no group sets a limit.
+fn huge_room(root: &Path) -> Option<u64> {
+    let groups = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
+    let own = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let number = |folder: &Path, name: &str| -> Option<u64> {
+        let text = fs::read_to_string(folder.join(name)).ok()?;
+        text.trim().parse().ok()
+    };
+    let levels = Path::new(own).ancestors();
+    levels
+        .flat_map(|level| ["hugetlb.2MB", "hugetlb.2MB.rsvd"].map(|kind| (level, kind)))
+        .filter_map(|(level, kind)| {
+            let folder = root.join("sys/fs/cgroup").join(level);
+            let limit = number(&folder, &format!("{kind}.max"))?;
+            let used = number(&folder, &format!("{kind}.current")).unwrap_or(0);
+            Some(limit.saturating_sub(used))
+        })
+        .min()
+}
+
 /// Said because people look for it: the limit does not matter here.
 pub(super) fn memlock() -> Finding {
     let limit = getrlimit(Resource::Memlock).current;
@@ -171,75 +132,9 @@ pub(super) fn memlock() -> Finding {
 #[cfg(test)]
 mod tests {
     use super::super::Severity;
+    use super::super::tests::Root;
     use super::*;
     use crate::config::memory::Memory;
-
-    struct Root(tempfile::TempDir);
-
-    impl Root {
-        fn new() -> Self {
-            Self(tempfile::tempdir().unwrap())
-        }
-
-        fn file(&self, path: &str, text: &str) -> &Self {
-            let path = self.0.path().join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-            self
-        }
-
-        fn gpu(&self, address: &str, width: &str) -> &Self {
-            let folder = format!("sys/bus/pci/devices/{address}");
-            for (name, text) in [
-                ("vendor", "0x10de"),
-                ("class", "0x030000"),
-                ("current_link_width", width),
-                ("max_link_width", "16"),
-                ("max_link_speed", "16.0 GT/s PCIe"),
-            ] {
-                self.file(&format!("{folder}/{name}"), &format!("{text}\n"));
-            }
-            self
-        }
-
-        fn driver(&self) -> Finding {
-            driver(self.0.path())
-        }
-    }
-
-    const VERSION: &str = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version: 12.2.0\n";
-
-    #[test]
-    fn the_driver_is_found_by_its_files() {
-        let root = Root::new();
-        assert_eq!(root.driver().severity, Severity::Note);
-        root.file("proc/driver/nvidia/version", VERSION);
-        assert_eq!(root.driver().severity, Severity::Warning, "no library yet");
-        root.file("usr/lib64/libcuda.so.1", "");
-        assert!(root.driver().found.contains("/dev/nvidiactl"));
-        root.file("dev/nvidiactl", "");
-        assert_eq!(
-            root.driver(),
-            Finding::ok("driver", "NVIDIA driver 580.65.06")
-        );
-    }
-
-    #[test]
-    fn a_narrow_link_is_a_warning_and_other_devices_are_passed_over() {
-        let root = Root::new();
-        root.gpu("0000:01:00.0", "16").gpu("0000:02:00.0", "8");
-        root.file("sys/bus/pci/devices/0000:03:00.0/vendor", "0x8086\n");
-        root.gpu("0000:04:00.0", "16")
-            .file("sys/bus/pci/devices/0000:04:00.0/class", "0x040300\n");
-        let found = pcie(root.0.path());
-        assert_eq!(found.len(), 2, "{found:?}");
-        assert_eq!(found[0].severity, Severity::Ok);
-        assert_eq!(found[1].severity, Severity::Warning);
-        assert!(
-            found[1].found.contains("0000:02:00.0: link x8 of x16"),
-            "{found:?}"
-        );
-    }
 
     fn with_memory(free: u64, huge_total: u64) -> Machine {
         Machine {
@@ -290,5 +185,32 @@ mod tests {
             huge_pages(&plain, &with_memory(1 << 30, 8 << 20)).severity,
             Severity::Note
         );
+    }
+
+    #[test]
+    fn a_control_group_that_allows_fewer_huge_pages_is_a_problem() {
+        let asked = |page_size| Settings {
+            memory: Some(Size(8 << 20)),
+            page_size: Some(page_size),
+            ..Settings::default()
+        };
+        let machine = with_memory(1 << 30, 64 << 20);
+        let root = Root::new();
+        let limit = |pages| huge_limit(root.path(), &asked(pages), &machine);
+        assert_eq!(limit(Pages::Huge), None, "no control group is known");
+        root.file("proc/self/cgroup", "0::/pod/box");
+        let pod = "sys/fs/cgroup/pod";
+        root.file(&format!("{pod}/box/hugetlb.2MB.max"), "max");
+        assert_eq!(limit(Pages::Huge), None);
+        root.file(&format!("{pod}/hugetlb.2MB.max"), "10485760");
+        assert_eq!(limit(Pages::Huge), None, "10 MiB are enough");
+        root.file(&format!("{pod}/hugetlb.2MB.current"), "4194304");
+        let found = limit(Pages::Huge).unwrap();
+        assert_eq!(found.severity, Severity::Problem);
+        assert!(found.found.contains("leaves 6.0 MiB"), "{found:?}");
+        assert_eq!(limit(Pages::Base), None);
+        root.file(&format!("{pod}/hugetlb.2MB.current"), "0");
+        root.file(&format!("{pod}/box/hugetlb.2MB.rsvd.max"), "0");
+        assert!(limit(Pages::Huge).is_some(), "nothing may be reserved");
     }
 }

@@ -138,15 +138,16 @@ fn vllm_finding(version: Option<&str>) -> Finding {
         return Finding::note(area, "not installed in this Python")
             .do_this("activate the environment that has it; 0.32 is the tested version");
     };
-    match (numbers(version), version) {
-        ((0, 32), _) => Finding::ok(area, format!("{version}: tested on servers")),
-        ((0, 33), _) => Finding::note(
+    match numbers(version) {
+        (0, 32) => Finding::ok(area, format!("{version}: tested on servers")),
+        (0, 33) => Finding::note(
             area,
             format!("{version}: its scheduler and connector code is tested, servers are not"),
-        ),
-        (_, "0.26.0") => Finding::note(area, "0.26.0: smoke-tested"),
-        _ if version.starts_with("0.26.0+") => {
+        )
+        .do_this("use 0.32, or watch for errors"),
+        _ if version == "0.26.0" || version.starts_with("0.26.0+") => {
             Finding::note(area, format!("{version}: smoke-tested"))
+                .do_this("0.32 is the tested version; use it where you can")
         }
         _ => Finding::warning(area, format!("{version} is not a supported version")).do_this(
             "use 0.32, or set \"force\": true in kv_connector_extra_config and watch for errors",
