@@ -21,9 +21,13 @@ mod place;
 mod probe;
 mod registered;
 mod table;
+#[cfg(feature = "workbench")]
+mod workbench;
 
 pub use engine::CudaEngine;
 pub use marker::CudaMarker;
 pub use methods::CopyMethod;
 pub use place::Place;
 pub use probe::{CudaDevice, NoCuda};
+#[cfg(feature = "workbench")]
+pub use workbench::{GpuMemory, PlainCopy, Workbench};

@@ -24,6 +24,8 @@
 
 #![deny(unsafe_code)]
 
+#[cfg(feature = "workbench")]
+pub mod bench;
 mod cuda;
 mod device;
 mod engine;
@@ -43,6 +45,8 @@ mod thread;
 pub mod conformance;
 
 pub use cuda::{CopyMethod, CudaDevice, CudaEngine, CudaMarker, NoCuda, Place};
+#[cfg(feature = "workbench")]
+pub use cuda::{GpuMemory, PlainCopy, Workbench};
 pub use device::{DevicePool, DeviceRegion};
 pub use engine::{
     ArenaId, ComputeMark, ComputeMarker, CopyBatch, CopyEngine, CopyError, CopyKind, CopyRange,

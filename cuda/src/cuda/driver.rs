@@ -39,6 +39,8 @@ macro_rules! call {
         DriverError::check(stringify!($symbol), ($table.$symbol)($($argument),*))
     };
 }
+#[cfg(feature = "workbench")]
+pub(super) use call;
 
 /// While something is being let go there is nobody to tell.
 fn noted(result: Result<(), DriverError>) {
@@ -52,7 +54,7 @@ pub(super) struct Driver {
     table: Table,
     batch: Option<BatchCopy>,
     /// Never unloaded: its threads run in it, and vLLM uses it too.
-    _library: ManuallyDrop<Library>,
+    library: ManuallyDrop<Library>,
 }
 
 impl Driver {
@@ -69,7 +71,7 @@ impl Driver {
         let mut driver = Self {
             table: Table::find(&library)?,
             batch: None,
-            _library: ManuallyDrop::new(library),
+            library: ManuallyDrop::new(library),
         };
         // SAFETY: the arguments are those of the entry point; 0 is the only flag there is.
         unsafe { call!(driver.table, cuInit(0)) }.map_err(NoCuda::of_init)?;
@@ -98,6 +100,12 @@ impl Driver {
         }
         // SAFETY: under this version the driver's function of that name has this signature.
         Some(unsafe { std::mem::transmute::<*mut c_void, BatchCopy>(found) })
+    }
+
+    /// For tables of other entry points.
+    #[cfg(feature = "workbench")]
+    pub(super) fn library(&self) -> &Library {
+        &self.library
     }
 
     /// Whether there is `cuMemcpyBatchAsync`.
@@ -143,6 +151,11 @@ pub(super) struct Device {
 impl Device {
     pub(super) fn driver(&self) -> &Arc<Driver> {
         &self.driver
+    }
+
+    #[cfg(feature = "workbench")]
+    pub(super) fn raw(&self) -> sys::CUdevice {
+        self.raw
     }
 
     /// The longest distance between rows of a 2D copy, in bytes.
@@ -251,6 +264,27 @@ impl Context {
         }
     }
 
+    /// Refuses a stream of somebody else's while it is captured into a graph, of which the copies that wait for an event on it
+    /// would become a part. The context must be current.
+    ///
+    /// # Safety
+    /// `stream` is a live stream of this context, or 0.
+    pub(super) unsafe fn refuse_captured(&self, stream: u64) -> Result<(), DriverError> {
+        let stream = ptr::with_exposed_provenance_mut(usize_from_u64(stream));
+        let mut status: c_uint = 0;
+        // SAFETY: the stream is alive, by the contract of this function; the result is a variable of the enum's size.
+        unsafe {
+            call!(
+                self.table(),
+                cuStreamIsCapturing(stream, (&raw mut status).cast())
+            )
+        }?;
+        if status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE as c_uint {
+            return DriverError::check("cuStreamIsCapturing", CAPTURE_UNSUPPORTED);
+        }
+        Ok(())
+    }
+
     /// A new stream that does not wait for the default one. The context must be current.
     pub(super) fn stream(self: &Arc<Self>) -> Result<Stream, DriverError> {
         let mut raw = ptr::null_mut();
@@ -329,6 +363,11 @@ impl Drop for Stream {
 }
 
 impl Stream {
+    #[cfg(feature = "workbench")]
+    pub(super) fn raw(&self) -> sys::CUstream {
+        self.raw.0
+    }
+
     /// What is enqueued from here on waits until `event`, as it was last recorded, has passed.
     pub(super) fn wait(&self, event: &Event) -> Result<(), DriverError> {
         // SAFETY: both handles are alive; the driver keeps what it needs of the event.
@@ -552,25 +591,13 @@ impl Event {
         }
     }
 
-    /// The same on a stream of somebody else's, 0 for the default one; refused while that is captured into a graph, of which
-    /// the copies that wait for this event would become a part. The context must be current.
+    /// The same on a stream of somebody else's, 0 for the default one. The context must be current.
     ///
     /// # Safety
     /// `stream` is a live stream of this context, or 0.
     pub(super) unsafe fn record_on(&self, stream: u64) -> Result<(), DriverError> {
         let stream = ptr::with_exposed_provenance_mut(usize_from_u64(stream));
-        let mut status: c_uint = 0;
-        // SAFETY: the stream is alive, by the contract of this function; the result is a variable of the enum's size.
-        unsafe {
-            call!(
-                self.context.table(),
-                cuStreamIsCapturing(stream, (&raw mut status).cast())
-            )
-        }?;
-        if status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE as c_uint {
-            return DriverError::check("cuStreamIsCapturing", CAPTURE_UNSUPPORTED);
-        }
-        // SAFETY: as above.
+        // SAFETY: both handles are alive, the stream's by the contract of this function.
         unsafe { call!(self.context.table(), cuEventRecord(self.raw.0, stream)) }
     }
 

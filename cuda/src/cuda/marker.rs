@@ -94,6 +94,9 @@ impl Marks {
     unsafe fn mark(&self, stream: u64) -> Result<ComputeMark, CopyError> {
         let mut ledger = self.ledger.lock();
         self.context.within(|| {
+            // First of all: to ask whether marks have passed would break the capture.
+            // SAFETY: by the contract of this function.
+            unsafe { self.context.refuse_captured(stream)? };
             if ledger.free.is_empty() {
                 ledger.reclaim()?;
             }

@@ -17,18 +17,17 @@ use libloading::Library;
 
 use super::probe::NoCuda;
 
-/// The table of entry points: each one's symbol and the types of its arguments.
+/// A table of entry points: each one's symbol and the types of its arguments.
 macro_rules! entry_points {
-    ($($symbol:ident($($argument:ty),* $(,)?);)*) => {
+    ($table:ident: $($symbol:ident($($argument:ty),* $(,)?);)*) => {
         #[allow(non_snake_case, reason = "the driver's own names")]
-        pub(super) struct Table {
+        pub(super) struct $table {
             $(pub(super) $symbol: unsafe extern "C" fn($($argument),*) -> c_int,)*
         }
         // cudarc's functions differ in what they return: the same number, as an enum.
         $(const _: unsafe fn($($argument),*) -> sys::CUresult = sys::$symbol;)*
-        const _: () = assert!(size_of::<sys::CUresult>() == size_of::<c_int>());
 
-        impl Table {
+        impl $table {
             /// Looks every entry point up.
             pub(super) fn find(library: &Library) -> Result<Self, NoCuda> {
                 Ok(Self {
@@ -44,7 +43,10 @@ macro_rules! entry_points {
     };
 }
 
+const _: () = assert!(size_of::<sys::CUresult>() == size_of::<c_int>());
+
 entry_points! {
+    Table:
     cuInit(c_uint);
     cuDriverGetVersion(*mut c_int);
     cuDeviceGetCount(*mut c_int);
@@ -80,6 +82,19 @@ entry_points! {
         sys::cuuint64_t,
         *mut sys::CUdriverProcAddressQueryResult,
     );
+}
+
+#[cfg(feature = "workbench")]
+entry_points! {
+    WorkbenchTable:
+    cuDeviceGetName(*mut c_char, c_int, sys::CUdevice);
+    cuGraphDestroy(sys::CUgraph);
+    cuLaunchHostFunc(sys::CUstream, sys::CUhostFn, *mut c_void);
+    cuMemAlloc_v2(*mut sys::CUdeviceptr, usize);
+    cuMemFree_v2(sys::CUdeviceptr);
+    cuMemGetInfo_v2(*mut usize, *mut usize);
+    cuStreamBeginCapture_v2(sys::CUstream, sys::CUstreamCaptureMode);
+    cuStreamEndCapture(sys::CUstream, *mut sys::CUgraph);
 }
 
 /// `cuMemcpyBatchAsync` as of 12.8.

@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
 
+mod bench;
 mod doctor;
 mod hint;
 mod http;
@@ -39,6 +40,8 @@ enum Command {
     Hint(hint::HintArgs),
     /// Say what would go wrong on this machine, and what to do about it
     Doctor(doctor::DoctorArgs),
+    /// Measure this machine
+    Bench(bench::BenchArgs),
 }
 
 /// Why a subcommand did not do what it was asked to.
@@ -83,6 +86,9 @@ enum CliError {
     /// The answer was written, and it is bad news.
     #[error("{0}")]
     BadNews(String),
+    /// Nothing could be measured.
+    #[error(transparent)]
+    Bench(#[from] cuda::bench::BenchError),
     /// Standard output is gone.
     #[error("cannot write: {0}")]
     Output(#[from] io::Error),
@@ -117,6 +123,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Sessions(args) => sessions::run(&args),
         Command::Hint(args) => hint::run(&args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Bench(args) => bench::run(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

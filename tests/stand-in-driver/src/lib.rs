@@ -23,7 +23,10 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
 
 use memory::{Copy, CopyList, Direction};
-use world::{Answer, INVALID_VALUE, NOT_FOUND, NOT_READY, Needs, enter, world};
+use world::{
+    Answer, CAPTURE_INVALIDATED, Capture, INVALID_VALUE, NOT_FOUND, NOT_READY, Needs,
+    OUT_OF_MEMORY, enter, world,
+};
 
 /// Defines entry points. Each counts its calls, fails where a test wants it to, and checks what the word before its name
 /// says that it needs; the body then says how it ends.
@@ -180,6 +183,41 @@ entry_points! {
     }
     Uncaptured cuEventQuery(event: usize) {
         if streams::has_passed(event)? { Ok(()) } else { Err(NOT_READY) }
+    }
+    Nothing cuDeviceGetName(text: *mut c_char, length: c_int, _device: c_int) {
+        let name = c"stand-in".to_bytes_with_nul();
+        if usize::try_from(length).unwrap_or(0) < name.len() {
+            return Err(INVALID_VALUE);
+        }
+        ptr::copy_nonoverlapping(name.as_ptr(), text.cast(), name.len());
+        Ok(())
+    }
+    Context cuLaunchHostFunc(stream: usize, function: streams::HostFunction, data: usize) {
+        streams::call(stream, function, data)
+    }
+    Uncaptured cuMemAlloc_v2(start: *mut u64, bytes: usize) {
+        *start = control::stand_in_alloc(bytes);
+        if *start == 0 { Err(OUT_OF_MEMORY) } else { Ok(()) }
+    }
+    Uncaptured cuMemFree_v2(start: u64) {
+        control::stand_in_free(start);
+        Ok(())
+    }
+    Context cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
+        (*free, *total) = (1 << 34, 1 << 34);
+        Ok(())
+    }
+    Context cuStreamBeginCapture_v2(stream: usize, _mode: c_uint) {
+        world().lock().capture = Some(Capture { stream, broken: false });
+        Ok(())
+    }
+    Context cuStreamEndCapture(_stream: usize, graph: *mut usize) {
+        *graph = 1;
+        let capture = world().lock().capture.take().ok_or(INVALID_VALUE)?;
+        if capture.broken { Err(CAPTURE_INVALIDATED) } else { Ok(()) }
+    }
+    Nothing cuGraphDestroy(_graph: usize) {
+        Ok(())
     }
     Context cuPointerGetAttribute(value: *mut c_void, attribute: c_int, address: u64) {
         let state = world().lock();

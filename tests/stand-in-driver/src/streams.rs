@@ -15,7 +15,12 @@ pub(crate) enum Op {
     Wait(usize, u64),
     /// Compute work, until the test ends it.
     Compute(u64),
+    /// A function of the program's own, with what it is given.
+    Call(HostFunction, usize),
 }
+
+/// `CUhostFn`.
+pub(crate) type HostFunction = unsafe extern "C" fn(usize);
 
 /// The queue of one stream.
 #[derive(Default)]
@@ -94,6 +99,10 @@ pub(crate) fn compute(stream: usize) -> Answer {
     state.launched += 1;
     let number = state.launched;
     push(&mut state, stream, Op::Compute(number))
+}
+
+pub(crate) fn call(stream: usize, function: HostFunction, data: usize) -> Answer {
+    push(&mut world().lock(), stream, Op::Call(function, data))
 }
 
 pub(crate) fn wait(stream: usize, event: usize) -> Answer {
@@ -203,6 +212,12 @@ fn serve(handle: usize) {
                     event.passed = event.passed.max(number);
                 }
             }
+            Some(Op::Call(function, data)) => {
+                drop(state);
+                // SAFETY: the program gave the function together with its data, to be called once in the stream's turn.
+                unsafe { function(data) };
+                state = world().lock();
+            }
             Some(Op::Wait(..) | Op::Compute(_)) | None => {}
         }
         if let Some(stream) = state.streams.get_mut(&handle) {
@@ -235,7 +250,7 @@ fn begins(state: &mut State, handle: usize) -> bool {
                 None => true,
             }
         }
-        Op::Record(..) => true,
+        Op::Record(..) | Op::Call(..) => true,
         Op::Wait(event, number) => state
             .events
             .get(event)

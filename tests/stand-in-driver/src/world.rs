@@ -12,11 +12,13 @@ use crate::memory::Ranges;
 use crate::streams::{Event, Stream};
 
 pub(crate) const INVALID_VALUE: c_int = 1;
+pub(crate) const OUT_OF_MEMORY: c_int = 2;
 pub(crate) const INVALID_CONTEXT: c_int = 201;
 pub(crate) const INVALID_HANDLE: c_int = 400;
 pub(crate) const NOT_FOUND: c_int = 500;
 pub(crate) const NOT_READY: c_int = 600;
 pub(crate) const CAPTURE_UNSUPPORTED: c_int = 900;
+pub(crate) const CAPTURE_INVALIDATED: c_int = 901;
 /// `CU_STREAM_CAPTURE_MODE_RELAXED`.
 const RELAXED: u32 = 2;
 
@@ -46,7 +48,8 @@ pub(crate) struct State {
     pub(crate) devices: c_int,
     /// Whether there is a batch entry point.
     pub(crate) batch: bool,
-    /// Whether copies of memory that is not registered are made, as the real driver makes them.
+    /// Whether copies of memory that is not registered are made, as the real driver makes them: at first as the environment
+    /// says (`STAND_IN_PAGEABLE`), for programs that do not know that this is no real one.
     pub(crate) pageable: bool,
     /// The device that all memory is on.
     pub(crate) memory_device: c_int,
@@ -87,7 +90,7 @@ impl State {
             version: 12_080,
             devices: 1,
             batch: true,
-            pageable: false,
+            pageable: std::env::var_os("STAND_IN_PAGEABLE").is_some(),
             memory_device: 0,
             sticky: 0,
             retained: 0,

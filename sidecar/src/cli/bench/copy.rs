@@ -1,0 +1,759 @@
+//! `greenroom bench copy`: the copy thread and its engine beside plain copies of the same bytes.
+//!
+//! Three times are taken for each row, turn by turn, and the table shows medians:
+//! - the copy thread's, from handing a job over until its caller knows the end: planning, pacing and polling are in it;
+//! - a plain copy's: on a GPU one copy of as many page-locked bytes, on the host a loop of `memcpy` over the same ranges;
+//! - on a GPU what the hardware alone takes, for few enough copies that all lie at the driver before the first begins.
+//!
+//! Every turn takes the next window of an arena and a pool that are larger than the caches.
+
+use std::collections::hash_map::RandomState;
+use std::fs;
+use std::hash::BuildHasher;
+use std::io::{IsTerminal, Write};
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use cuda::bench::{BenchCopies, BenchError, BenchMemory, CopyJob, CopyShape};
+use cuda::{CopyKind, CopyLimits, CopyMethod, CudaDevice, Direction};
+use kvstore::{GpuBlock, PageSize, SlotId, u64_from};
+use serde_json::{Value, json};
+
+use super::super::{CliError, out};
+use super::chart::{self, Line};
+use crate::config::{Machine, Size};
+use crate::measure::{Bar, Limit, Random, Samples, round, stamp};
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const RANGE_BYTES: [u64; 8] = [
+    4 * KIB,
+    16 * KIB,
+    32 * KIB,
+    64 * KIB,
+    128 * KIB,
+    256 * KIB,
+    MIB,
+    4 * MIB,
+];
+const RANGE_COUNTS: [u64; 3] = [16, 256, 4096];
+/// Ranges that all lie at the driver before the first is copied.
+const ENQUEUED_MAX: u64 = 256;
+/// Of an engine's own copies: the tokens it has sampled, the tables of a step.
+const SMALL_BYTES: u64 = 64 * KIB;
+const SMALL_COPIES: usize = 2000;
+/// Regions of the pool where a block's layers lie apart, and the longest range that they are measured with: longer ones do not
+/// depend on how they are put to the driver.
+const LAYERS: u32 = 32;
+const LAYERED_BYTES_MAX: u64 = 64 * KIB;
+const LATENCY_SAMPLES: usize = 2000;
+/// Bytes that a row is to copy in all, where that does not take too many turns.
+const ROW_BYTES: u64 = GIB;
+/// So many times the least number of turns are the most.
+const TURNS_MAX: u64 = 40;
+/// The most that is registered in one piece, which a plain copy may not reach beyond.
+const GIB: u64 = 1 << 30;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct CopyArgs {
+    /// What copies; without it the GPU's copy engines where there is a GPU
+    #[arg(long, value_enum)]
+    engine: Option<EngineName>,
+    /// Number of the GPU
+    #[arg(long, default_value_t = 0)]
+    device: u32,
+    /// Size of the arena and of the pool, 1GiB at most [default: 1GiB on a GPU, 256MiB on the host]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Size>,
+    /// Turns of each row, at least [default: 5 on a GPU, 15 on the host]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    repeats: Option<u64>,
+    /// The figures as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Bandwidth over the size of a range, as SVG
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Where all randomness comes from [default: random]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum EngineName {
+    Host,
+    Cuda,
+}
+
+impl EngineName {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Cuda => "cuda",
+        }
+    }
+}
+
+pub(super) fn run(args: &CopyArgs) -> Result<(), CliError> {
+    // 52 bits: what every reader of JSON can hold.
+    let seed = args
+        .seed
+        .unwrap_or_else(|| RandomState::new().hash_one("greenroom") >> 12);
+    let engine = match args.engine {
+        Some(engine) => engine,
+        None => match CudaDevice::probe(args.device) {
+            Ok(_) => EngineName::Cuda,
+            Err(why) => {
+                out::print(&format!("Copies within the host's memory: {why}\n"))?;
+                EngineName::Host
+            }
+        },
+    };
+    let bytes = args.memory.map_or_else(
+        || match engine {
+            EngineName::Cuda => GIB,
+            EngineName::Host => 256 * MIB,
+        },
+        |size| size.0,
+    );
+    if !(16 * MIB..=GIB).contains(&bytes) || !bytes.is_multiple_of(8 * MIB) {
+        return Err(CliError::BadNews(
+            "--memory: from 16MiB to 1GiB, in steps of 8MiB".to_owned(),
+        ));
+    }
+    let least = args.repeats.unwrap_or(match engine {
+        EngineName::Cuda => 5,
+        EngineName::Host => 15,
+    });
+    let bench = Bench {
+        engine,
+        device: args.device,
+        bytes,
+        least,
+        seed,
+    };
+    bench.run(args)
+}
+
+struct Bench {
+    engine: EngineName,
+    device: u32,
+    /// Of either side.
+    bytes: u64,
+    /// Turns of a row.
+    least: u64,
+    seed: u64,
+}
+
+impl Bench {
+    fn run(&self, args: &CopyArgs) -> Result<(), CliError> {
+        let mut figures = json!({});
+        let mut rows = Vec::new();
+        let mut registering = Vec::new();
+        for page in self.pages()? {
+            let memory = self.memory(page)?;
+            if let Some((name, device)) = memory.device() {
+                let place = device.place();
+                let version = device.driver_version();
+                figures["gpu"] = json!({
+                    "name": name,
+                    "cuda": format!("{}.{}", version / 1000, version % 1000 / 10),
+                    "batch_copies": device.has_batch_copies(),
+                    "node": place.node,
+                    "link_max_gt_per_s": place.link_max_gt,
+                    "sub_batch_bytes": memory.limits().sub_batch_bytes,
+                });
+                out::print(&format!(
+                    "{name}, driver for CUDA {}\n",
+                    figures["gpu"]["cuda"]
+                ))?;
+            }
+            registering.extend(registered(&memory, page)?);
+            self.measure(&memory, page, &mut rows)?;
+            if page == PageSize::Base4K {
+                figures["latency_us"] = latency(&memory)?;
+                figures["small_copies"] = small_copies(&memory)?;
+            }
+        }
+        let bars: Vec<Bar> = self.bars(&rows);
+        self.print(&rows, &bars, &figures, &registering)?;
+        figures["rows"] = rows.iter().map(|row| row.json(self.engine)).collect();
+        figures["registering"] = json!(registering);
+        figures["bars"] = bars.iter().map(Bar::json).collect();
+        stamp(&mut figures, self.seed);
+        if let Some(file) = &args.json {
+            fs::write(file, format!("{figures:#}\n"))?;
+        }
+        if let Some(file) = &args.svg {
+            fs::write(file, self.chart(&rows, &figures))?;
+        }
+        Ok(())
+    }
+
+    fn memory(&self, page: PageSize) -> Result<BenchMemory, CliError> {
+        Ok(match self.engine {
+            EngineName::Host => BenchMemory::host(self.bytes, page)?,
+            EngineName::Cuda => {
+                let device = CudaDevice::probe(self.device).map_err(BenchError::from)?;
+                BenchMemory::gpu(device, self.bytes, page)?
+            }
+        })
+    }
+
+    /// Huge pages are measured where enough are free.
+    fn pages(&self) -> Result<Vec<PageSize>, CliError> {
+        let free = Machine::probe()?.memory.huge_free;
+        let mut pages = vec![PageSize::Base4K];
+        if free >= self.bytes {
+            pages.push(PageSize::Huge2M);
+        } else {
+            out::print("2MiB pages: not measured, too few are free (sysctl vm.nr_hugepages)\n")?;
+        }
+        Ok(pages)
+    }
+
+    /// All rows of one sort of pages.
+    fn measure(
+        &self,
+        memory: &BenchMemory,
+        page: PageSize,
+        rows: &mut Vec<Row>,
+    ) -> Result<(), CliError> {
+        let series = self.series(page);
+        for (number, (shape, orders)) in series.iter().enumerate() {
+            progress(number, series.len());
+            // Saves do not pause here: both directions at once are measured too.
+            let limits = CopyLimits {
+                save_every: Duration::ZERO,
+                ..memory.limits()
+            };
+            let mut copies = memory.copies(*shape, limits)?;
+            for &order in orders {
+                for ranges in self.counts(shape) {
+                    for both in [false, true] {
+                        let whole = ranges * shape.range_bytes == self.bytes / 2;
+                        if both && !whole {
+                            continue;
+                        }
+                        let directions: &[Way] = if both { &[Way::Both] } else { &Way::SINGLE };
+                        for &way in directions {
+                            let what = What {
+                                way,
+                                order,
+                                page,
+                                shape: *shape,
+                                ranges,
+                            };
+                            rows.push(self.row(&mut copies, what)?);
+                        }
+                    }
+                }
+            }
+        }
+        progress(series.len(), series.len());
+        Ok(())
+    }
+
+    /// Every shape that is measured, with the orders in which its blocks are copied.
+    fn series(&self, page: PageSize) -> Vec<(CopyShape, Vec<Order>)> {
+        use CopyMethod::{Auto, Batch, Rows, Single};
+        let gpu = self.engine == EngineName::Cuda;
+        let mut all = Vec::new();
+        for range_bytes in RANGE_BYTES {
+            let methods: &[CopyMethod] = match (gpu, page) {
+                (true, PageSize::Base4K) => &[Auto, Single, Batch],
+                _ => &[Auto],
+            };
+            for &method in methods {
+                let shape = CopyShape {
+                    range_bytes,
+                    layers: 1,
+                    method,
+                };
+                let orders = if method == Auto {
+                    vec![Order::Contiguous, Order::Shuffled]
+                } else {
+                    vec![Order::Shuffled]
+                };
+                all.push((shape, orders));
+            }
+            if !gpu || page != PageSize::Base4K || range_bytes > LAYERED_BYTES_MAX {
+                continue;
+            }
+            for method in [Auto, Rows] {
+                let shape = CopyShape {
+                    range_bytes,
+                    layers: LAYERS,
+                    method,
+                };
+                all.push((shape, vec![Order::Layered]));
+            }
+        }
+        all
+    }
+
+    /// Numbers of ranges of one job: some fixed ones, and as many as fill half of the memory.
+    fn counts(&self, shape: &CopyShape) -> Vec<u64> {
+        let most = self.bytes / 2 / shape.range_bytes;
+        let fits = |count: &u64| *count < most && count.is_multiple_of(u64::from(shape.layers));
+        let mut counts: Vec<u64> = RANGE_COUNTS.into_iter().filter(fits).collect();
+        counts.push(most);
+        counts
+    }
+
+    fn row(&self, copies: &mut BenchCopies<'_>, what: What) -> Result<Row, CliError> {
+        let blocks = u32::try_from(what.ranges / u64::from(what.shape.layers)).unwrap_or(u32::MAX);
+        let pairs = what.order.pairs(blocks, self.seed);
+        let bytes = what.ranges * what.shape.range_bytes;
+        let turns = (ROW_BYTES / bytes).clamp(self.least, self.least * TURNS_MAX);
+        let windows = copies.blocks() / blocks;
+        let (mut ours, mut plain, mut enqueued) = (Vec::new(), Vec::new(), Vec::new());
+        for turn in 0..=turns {
+            // Neither side is given what the other has just brought into the caches, and both get every window.
+            let first = (2 * u32::try_from(turn).unwrap_or(0)) % windows;
+            let second = (first + 1) % windows;
+            let turned = turn.is_multiple_of(2);
+            let jobs = what.way.jobs(&pairs, blocks, first, second);
+            let others = what.way.jobs(&pairs, blocks, second, first);
+            let (for_ours, for_plain) = if turned {
+                (&jobs, &others)
+            } else {
+                (&others, &jobs)
+            };
+            let samples = if turned {
+                let ours = copies.ours(for_ours)?;
+                (ours, copies.plain(for_plain)?)
+            } else {
+                let plain = copies.plain(for_plain)?;
+                (copies.ours(for_ours)?, plain)
+            };
+            // A driver's queue is short: a call that finds it full waits for copies that may not begin.
+            let alone = match what.ranges {
+                ..=ENQUEUED_MAX => copies.enqueued(&jobs)?,
+                _ => None,
+            };
+            // The first turn is there to warm up.
+            if turn > 0 {
+                ours.push(samples.0);
+                plain.push(samples.1);
+                enqueued.extend(alone);
+            }
+        }
+        let moved = bytes * u64_from(what.way.directions());
+        let gbps = |seconds: Vec<f64>| gbps(moved, Samples::new(seconds).median());
+        Ok(Row {
+            gbps: gbps(ours),
+            plain_gbps: gbps(plain),
+            enqueued_gbps: (!enqueued.is_empty()).then(|| gbps(enqueued)),
+            what,
+        })
+    }
+
+    /// Bars are for medians over rows of what a worker does: the automatic method, one direction. On the host from the size of
+    /// the chunks that the hooks ship, for what a smaller job costs besides is the latency; on a GPU for half the memory.
+    fn bars(&self, rows: &[Row]) -> Vec<Bar> {
+        let (bars, least) = match self.engine {
+            EngineName::Host => (
+                [
+                    (32 * KIB..256 * KIB, "32 KiB", 0.9),
+                    (256 * KIB..GIB, "256 KiB", 0.95),
+                ],
+                8 * MIB,
+            ),
+            EngineName::Cuda => (
+                [
+                    (16 * KIB..256 * KIB, "16 KiB", 0.8),
+                    (256 * KIB..GIB, "256 KiB", 0.95),
+                ],
+                self.bytes / 2,
+            ),
+        };
+        let judged = |sizes: &Range<u64>| -> Vec<f64> {
+            let wanted = |row: &&Row| {
+                let shape = &row.what.shape;
+                let bytes = shape.range_bytes * row.what.ranges;
+                row.what.way != Way::Both
+                    && shape.method == CopyMethod::Auto
+                    && sizes.contains(&shape.range_bytes)
+                    && bytes >= least.min(self.bytes / 2)
+            };
+            rows.iter().filter(wanted).map(Row::ratio).collect()
+        };
+        let made = bars.into_iter().map(|(sizes, from, limit)| Bar {
+            name: format!("ratio to a plain copy, ranges from {from} (median of rows)"),
+            value: Samples::new(judged(&sizes)).median(),
+            limit: Limit::AtLeast(limit),
+        });
+        made.collect()
+    }
+
+    fn print(
+        &self,
+        rows: &[Row],
+        bars: &[Bar],
+        figures: &Value,
+        registering: &[Value],
+    ) -> Result<(), CliError> {
+        let head = [
+            "WAY",
+            "ORDER",
+            "PAGES",
+            "RANGE KiB",
+            "RANGES",
+            "METHOD",
+            "GB/s",
+            "PLAIN",
+            "RATIO",
+            "ENQUEUED",
+        ];
+        let cells: Vec<_> = rows.iter().map(|row| row.cells(self.engine)).collect();
+        let mut text = out::table(&head, &cells);
+        text.push_str(&format!(
+            "one 4 KiB job, handed over to end known: {} us\n",
+            figures["latency_us"]
+        ));
+        if !figures["small_copies"].is_null() {
+            text.push_str(&format!(
+                "64 KiB copies of others: {}\n",
+                figures["small_copies"]
+            ));
+        }
+        for one in registering {
+            text.push_str(&format!("registering: {one}\n"));
+        }
+        for bar in bars {
+            text.push_str(&bar.line());
+            text.push('\n');
+        }
+        out::print(&text)?;
+        Ok(())
+    }
+
+    /// Blocks in random order, jobs of half the memory.
+    fn chart(&self, rows: &[Row], figures: &Value) -> String {
+        let mut lines: Vec<Line> = Vec::new();
+        let mut add = |name: String, dashed: bool, point: (u64, f64)| match lines
+            .iter_mut()
+            .find(|line| line.name == name)
+        {
+            Some(line) => line.points.push(point),
+            None => lines.push(Line {
+                name,
+                dashed,
+                points: vec![point],
+            }),
+        };
+        for row in rows {
+            let What {
+                way,
+                order,
+                page,
+                shape,
+                ranges,
+            } = row.what;
+            let whole = ranges * shape.range_bytes == self.bytes / 2;
+            if order != Order::Shuffled || page != PageSize::Base4K || !whole {
+                continue;
+            }
+            let (way, method) = (way.word(), self.method(shape.method));
+            add(
+                format!("{way} {method}"),
+                false,
+                (shape.range_bytes, row.gbps),
+            );
+            if shape.method == CopyMethod::Auto {
+                add(
+                    format!("{way} plain"),
+                    true,
+                    (shape.range_bytes, row.plain_gbps),
+                );
+            }
+        }
+        let caption = match figures["gpu"]["name"].as_str() {
+            Some(name) => name.to_owned(),
+            None => figures["machine"]["cpu"]
+                .as_str()
+                .unwrap_or("host")
+                .to_owned(),
+        };
+        chart::svg(
+            "Block copies in random order, GB/s by bytes of a range",
+            &caption,
+            &lines,
+        )
+    }
+
+    fn method(&self, method: CopyMethod) -> &'static str {
+        method_word(self.engine, method)
+    }
+}
+
+fn method_word(engine: EngineName, method: CopyMethod) -> &'static str {
+    match (engine, method) {
+        (EngineName::Host, _) => "memcpy",
+        (_, CopyMethod::Auto) => "auto",
+        (_, CopyMethod::Single) => "single",
+        (_, CopyMethod::Batch) => "batch",
+        (_, CopyMethod::Rows) => "rows",
+    }
+}
+
+/// Which way the bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    One(Direction),
+    Both,
+}
+
+impl Way {
+    const SINGLE: [Self; 2] = [
+        Self::One(Direction::HostToDevice),
+        Self::One(Direction::DeviceToHost),
+    ];
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::One(Direction::HostToDevice) => "h2d",
+            Self::One(Direction::DeviceToHost) => "d2h",
+            Self::Both => "both",
+        }
+    }
+
+    fn directions(self) -> usize {
+        if self == Self::Both { 2 } else { 1 }
+    }
+
+    fn jobs(
+        self,
+        pairs: &[(SlotId, GpuBlock)],
+        blocks: u32,
+        first: u32,
+        second: u32,
+    ) -> Vec<CopyJob> {
+        let window = |number: u32| {
+            let moved = |&(slot, block): &(SlotId, GpuBlock)| {
+                (
+                    SlotId(slot.0 + number * blocks),
+                    GpuBlock(block.0 + number * blocks),
+                )
+            };
+            pairs.iter().map(moved).collect::<Vec<_>>()
+        };
+        match self {
+            Self::One(Direction::HostToDevice) => vec![(CopyKind::Demand, window(first))],
+            Self::One(Direction::DeviceToHost) => vec![(CopyKind::Save, window(first))],
+            Self::Both => vec![
+                (CopyKind::Demand, window(first)),
+                (CopyKind::Save, window(second)),
+            ],
+        }
+    }
+}
+
+/// In which order blocks are copied, and where their ranges are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    /// Block `n` in slot `n`: neighbours merge.
+    Contiguous,
+    /// Both sides in random order: nothing merges.
+    Shuffled,
+    /// The same, and a block's layers lie apart in the pool.
+    Layered,
+}
+
+impl Order {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Contiguous => "contiguous",
+            Self::Shuffled => "shuffled",
+            Self::Layered => "layered",
+        }
+    }
+
+    fn pairs(self, blocks: u32, seed: u64) -> Vec<(SlotId, GpuBlock)> {
+        let mut slots: Vec<u32> = (0..blocks).collect();
+        let mut order = slots.clone();
+        if self != Self::Contiguous {
+            let mut random = Random::new(seed);
+            random.shuffle(&mut slots);
+            random.shuffle(&mut order);
+        }
+        let order = order.into_iter().map(GpuBlock);
+        slots.into_iter().map(SlotId).zip(order).collect()
+    }
+}
+
+/// What one row is about.
+#[derive(Clone, Copy, Debug)]
+struct What {
+    way: Way,
+    order: Order,
+    page: PageSize,
+    shape: CopyShape,
+    /// Of each job.
+    ranges: u64,
+}
+
+/// Decimal gigabytes per second.
+struct Row {
+    what: What,
+    gbps: f64,
+    plain_gbps: f64,
+    enqueued_gbps: Option<f64>,
+}
+
+impl Row {
+    fn ratio(&self) -> f64 {
+        self.gbps / self.plain_gbps
+    }
+
+    fn cells(&self, engine: EngineName) -> Vec<String> {
+        let What {
+            way,
+            order,
+            page,
+            shape,
+            ranges,
+        } = self.what;
+        vec![
+            way.word().to_owned(),
+            order.word().to_owned(),
+            page_word(page).to_owned(),
+            (shape.range_bytes / KIB).to_string(),
+            ranges.to_string(),
+            method_word(engine, shape.method).to_owned(),
+            format!("{:.2}", self.gbps),
+            format!("{:.2}", self.plain_gbps),
+            format!("{:.3}", self.ratio()),
+            self.enqueued_gbps
+                .map_or_else(|| "-".to_owned(), |gbps| format!("{gbps:.2}")),
+        ]
+    }
+
+    fn json(&self, engine: EngineName) -> Value {
+        let What {
+            way,
+            order,
+            page,
+            shape,
+            ranges,
+        } = self.what;
+        json!({
+            "engine": engine.word(),
+            "direction": way.word(),
+            "order": order.word(),
+            "page": page_word(page),
+            "range_bytes": shape.range_bytes,
+            "ranges": ranges,
+            "method": method_word(engine, shape.method),
+            "gbps": round(self.gbps),
+            "plain_gbps": round(self.plain_gbps),
+            "ratio": round(self.ratio()),
+            "enqueued_gbps": self.enqueued_gbps.map(round),
+        })
+    }
+}
+
+fn page_word(page: PageSize) -> &'static str {
+    match page {
+        PageSize::Base4K => "4KiB",
+        PageSize::Huge2M => "2MiB",
+    }
+}
+
+fn gbps(bytes: u64, seconds: f64) -> f64 {
+    // Beyond what is ever copied a float still has nine digits.
+    #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
+    let bytes = bytes as f64;
+    bytes / seconds / 1e9
+}
+
+/// What it costs to have the arena's pages backed and registered.
+fn registered(memory: &BenchMemory, page: PageSize) -> Result<Option<Value>, CliError> {
+    let Some(cost) = memory.registering()? else {
+        return Ok(None);
+    };
+    let gib = gbps(memory.bytes(), 1.0) * 1e9 / gbps(GIB, 1.0) / 1e9;
+    Ok(Some(json!({
+        "page": page_word(page),
+        "touch_s_per_gib": round(memory.touch_seconds / gib),
+        "register_s_per_gib": round(cost.seconds / gib),
+        "device_bytes": cost.device_bytes,
+    })))
+}
+
+/// What a caller waits for the smallest job, in microseconds.
+fn latency(memory: &BenchMemory) -> Result<Value, CliError> {
+    let shape = CopyShape {
+        range_bytes: 4 * KIB,
+        layers: 1,
+        method: CopyMethod::Auto,
+    };
+    let copies = memory.copies(shape, memory.limits())?;
+    let job = [(CopyKind::Demand, vec![(SlotId(0), GpuBlock(0))])];
+    let times: Result<Vec<_>, _> = (0..LATENCY_SAMPLES).map(|_| copies.ours(&job)).collect();
+    Ok(micros(times?))
+}
+
+/// Percentiles of seconds, as microseconds.
+fn micros(seconds: Vec<f64>) -> Value {
+    let samples = Samples::new(seconds.into_iter().map(|one| one * 1e6).collect());
+    let at = |share| round(samples.per_mille(share));
+    json!({"p50": at(500), "p95": at(950), "p99": at(990), "max": at(1000)})
+}
+
+/// What an engine's own small copies wait for ours: alone, beside a large job as it is paced, and beside the same job without
+/// pacing. In microseconds; null without a GPU.
+fn small_copies(memory: &BenchMemory) -> Result<Value, CliError> {
+    let shape = CopyShape {
+        range_bytes: MIB,
+        layers: 1,
+        method: CopyMethod::Auto,
+    };
+    let unpaced = CopyLimits {
+        sub_batch_bytes: memory.bytes(),
+        ..memory.limits()
+    };
+    let mut all = json!({"bytes": SMALL_BYTES});
+    for (name, limits) in [("paced", memory.limits()), ("unpaced", unpaced)] {
+        let copies = memory.copies(shape, limits)?;
+        for way in [Direction::HostToDevice, Direction::DeviceToHost] {
+            let word = Way::One(way).word();
+            let Some(alone) = copies.small(way, SMALL_BYTES, SMALL_COPIES)? else {
+                return Ok(Value::Null);
+            };
+            all[word]["alone"] = micros(alone);
+            // All but the last block of either side, which the small copies use.
+            let pairs = Order::Contiguous.pairs(copies.blocks() - 1, 0);
+            let kind = match way {
+                Direction::HostToDevice => CopyKind::Demand,
+                Direction::DeviceToHost => CopyKind::Save,
+            };
+            let mut beside = Vec::new();
+            for _ in 0..10 {
+                beside.extend(
+                    copies
+                        .small_beside((kind, pairs.clone()), SMALL_BYTES)?
+                        .unwrap_or_default(),
+                );
+            }
+            if !beside.is_empty() {
+                all[word][name] = micros(beside);
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// How far it is, for people who look on.
+fn progress(done: usize, all: usize) {
+    let mut terminal = std::io::stderr();
+    if !terminal.is_terminal() {
+        return;
+    }
+    let bar = "#".repeat(40 * done / all.max(1));
+    let end = if done == all { "\r\x1b[K" } else { "" };
+    // A progress bar that cannot be drawn stops nothing.
+    drop(write!(terminal, "\r[{bar:40}] {done}/{all}{end}"));
+}
