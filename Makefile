@@ -30,7 +30,7 @@ SANITIZER ?= $(if $(NIGHTLY),address,none)
 # Left out: valgrind shows a process maps of its own making, and one test reads them.
 UNSAFE_TESTS := arena device host conformance thread --skip forked_children
 # vLLM 0.32 wants Python 3.11 or newer; uv takes one from the machine or fetches it.
-VLLM_PYTHON := >=3.11,<3.15
+GPU_PYTHON := >=3.11,<3.15
 export UV_NO_PROGRESS := 1
 export PYO3_PYTHON := $(abspath $(TOOLS)/bin/python)
 
@@ -74,13 +74,17 @@ lint: $(TOOLS)/.ready ## format and lints of Rust and Python, nothing is changed
 	if [ -d bindings/python ]; then cd bindings && ../$(TOOLS)/bin/mypy; fi
 
 .PHONY: check-rust
-check-rust: ## Rust tests, with the default features, and with `strict` and every fault point
+check-rust: ## Rust tests, plain, then with `strict` and every fault point; those for GPUs on the stand-in driver
 	if cargo nextest --version >/dev/null 2>&1; then \
 	  cargo nextest run $(CARGO_FLAGS) && cargo nextest run $(CARGO_FLAGS) --features strict,faults; \
 	else \
 	  cargo test $(CARGO_FLAGS) --all-targets && cargo test $(CARGO_FLAGS) --all-targets --features strict,faults; \
 	fi
 	cargo test $(CARGO_FLAGS) --doc --quiet
+	mkdir -p $(BUILT)/stand-in
+	ln -sf ../debug/deps/libstand_in_driver.so $(BUILT)/stand-in/libcuda.so.1
+	LD_LIBRARY_PATH=$(abspath $(BUILT)/stand-in) STAND_IN_PAGEABLE=1 REQUIRE_GPU=1 GREENROOM_ROUNDS=40 \
+	  cargo test $(CARGO_FLAGS) --quiet -p greenroom-tests --test gpu -- --skip layouts
 
 .PHONY: check-models
 check-models: ## the link's epoch word and the copy thread under thousands of interleavings (GREENROOM_SCHEDULES=n: more)
@@ -143,16 +147,26 @@ soak: install faults-wheel ## the same for long: memory, descriptors, slots and 
 	PYTHONPATH=tests/python .venv/bin/python -m campaign soak $(campaign-flags)
 
 .PHONY: gpu-check
-gpu-check: ## the tests that need a GPU (fails with REQUIRE_GPU=1 where they cannot run)
-	@echo "gpu-check: nothing was tested. There are no tests that need a GPU yet; the CUDA engine is tested on a stand-in driver."
-	@[ "$${REQUIRE_GPU:-0}" != 1 ]
+gpu-check: ## what needs a GPU; figures go to benches/results (GPU_PYTHON=: a Python with vLLM for CUDA; REQUIRE_GPU=1)
+	@if ! nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "gpu-check: nothing was tested, nvidia-smi shows no GPU"; [ "$${REQUIRE_GPU:-0}" != 1 ]; \
+	else $(MAKE) --no-print-directory gpu-check-here; fi
+
+.PHONY: gpu-check-here
+gpu-check-here: wheel
+	$(if $(GPU_PYTHON),$(UV) pip install --quiet --no-deps --reinstall --python $(GPU_PYTHON) target/wheels/greenroom-*.whl)
+	tests=$$(cargo test $(CARGO_FLAGS) --release -p greenroom-tests --test gpu --no-run --message-format=json | \
+	  $(TOOLS)/bin/python -c 'import json, sys; print(*(m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")))') && \
+	GPU_TESTS=$$tests GREENROOM_COMMAND=$(BUILT)/release/greenroom GPU_PYTHON='$(GPU_PYTHON)' \
+	  TEST_PYTHON=$(TOOLS)/bin/python tests/gpu/check.sh
 
 .PHONY: bench
 bench: ## the benchmarks in benches/; figures as JSON in target/bench-*.json
 	cargo build $(CARGO_FLAGS) --release -p greenroom-sidecar --bin greenroom
-	for name in store hooks copy sidecar; do \
+	for name in store hooks sidecar; do \
 	  cargo run $(CARGO_FLAGS) --release -p greenroom-benches --bin bench-$$name -- --json target/bench-$$name.json; \
 	done
+	$(BUILT)/release/greenroom bench copy --engine host --json target/bench-copy.json
 
 .PHONY: bench-serving
 bench-serving: install ## hint → copy, and throughput with nothing to reuse, on real vLLM (≤ 45 minutes); JSON as of `bench`
@@ -205,7 +219,7 @@ $(TOOLS)/.ready: $(REQUIREMENTS)/tools.txt
 # $(1) environment, $(2) lock file. The lock names every package: no resolving, which could not have vLLM's torch.
 define install-vllm
 @echo "Installing vLLM into $(1) (about 6 GB, once) …"
-$(UV) venv --quiet --allow-existing --python '$(VLLM_PYTHON)' $(1)
+$(UV) venv --quiet --allow-existing --python '$(GPU_PYTHON)' $(1)
 $(UV) pip install --quiet --no-deps --python $(1) -r $(2)
 touch $(1)/.ready
 endef

@@ -14,13 +14,10 @@ use kvstore::{
     ArenaError, ArenaFile, ArenaMap, GpuBlock, PageSize, SlotId, u64_from, usize_from_u64,
 };
 
-use crate::cuda::{
-    CopyMethod, CudaDevice, CudaEngine, CudaMarker, GpuMemory, NoCuda, PlainCopy, Workbench,
-};
+use crate::cuda::{CopyMethod, CudaDevice, CudaEngine, GpuMemory, NoCuda, PlainCopy, Workbench};
 use crate::device::{DevicePool, DeviceRegion};
 use crate::engine::{
-    ArenaId, ComputeMark, ComputeMarker, CopyBatch, CopyEngine, CopyError, CopyKind, Direction,
-    JobId, Poll,
+    ArenaId, ComputeMark, CopyBatch, CopyEngine, CopyError, CopyKind, Direction, JobId, Poll,
 };
 use crate::host::HostEngine;
 use crate::jobs::Outcome;
@@ -177,7 +174,7 @@ impl BenchMemory {
             method: CopyMethod::Auto,
         })?;
         let start = Instant::now();
-        let engine = self.enqueuing(&pool, CopyMethod::Auto)?;
+        let engine = self.second_engine(&pool, CopyMethod::Auto)?;
         let seconds = start.elapsed().as_secs_f64();
         let device_bytes = free.saturating_sub(bench.free_bytes()?);
         drop(engine);
@@ -211,10 +208,10 @@ impl BenchMemory {
         };
         let thread = CopyThread::spawn(engine, Arc::clone(&pool), limits)?;
         thread.attach(ARENA, shard.clone())?;
-        let enqueuing = self.enqueuing(&pool, shape.method)?;
+        let second = self.second_engine(&pool, shape.method)?;
         Ok(BenchCopies {
             thread,
-            enqueuing,
+            engine: second,
             memory: self,
             shape,
             shard,
@@ -242,39 +239,27 @@ impl BenchMemory {
         Ok((Arc::new(pool), blocks))
     }
 
-    fn enqueuing(
+    fn second_engine(
         &self,
         pool: &Arc<DevicePool>,
         method: CopyMethod,
-    ) -> Result<Option<Enqueuing<'_>>, BenchError> {
+    ) -> Result<Option<CudaEngine>, BenchError> {
         let PoolMemory::Gpu(gpu) = &self.pool else {
             return Ok(None);
         };
         let mut engine = CudaEngine::new(&gpu.device, Arc::clone(pool), method)?;
-        // SAFETY: it marks the default stream only.
-        let marker = unsafe { engine.marker() };
         engine.start()?;
         engine.attach(ARENA, &self.second_map)?;
-        Ok(Some(Enqueuing {
-            engine,
-            marker,
-            bench: &gpu.bench,
-        }))
+        Ok(Some(engine))
     }
-}
-
-/// An engine that is given copies while they cannot begin, on the thread that measures.
-struct Enqueuing<'a> {
-    engine: CudaEngine,
-    marker: CudaMarker,
-    bench: &'a Workbench,
 }
 
 /// Copies of one shape.
 pub struct BenchCopies<'a> {
     // Fields drop in this order: what copies before the memory that it copies to.
     thread: CopyThread,
-    enqueuing: Option<Enqueuing<'a>>,
+    /// Of this thread's own, beside the copy thread's.
+    engine: Option<CudaEngine>,
     memory: &'a BenchMemory,
     shape: CopyShape,
     shard: ArenaShard,
@@ -393,39 +378,24 @@ impl BenchCopies<'_> {
         }
     }
 
-    /// Seconds that the GPU needs for copies that have all been put to the driver, each job as one batch, behind compute work
-    /// that then ends: nothing of this is the cost of putting them there. More of them than the driver's queue holds never end.
-    /// None where there is no GPU.
-    pub fn enqueued(&mut self, jobs: &[CopyJob]) -> Result<Option<f64>, BenchError> {
-        let Some(Enqueuing {
-            engine,
-            marker,
-            bench,
-        }) = &mut self.enqueuing
-        else {
+    /// Seconds that an engine takes for jobs that it is given whole, each as one batch, by a caller that does nothing but ask
+    /// for their end: what is left without the hand-over to another thread, pacing and its timer. None without a GPU.
+    pub fn unpaced(&mut self, jobs: &[CopyJob]) -> Result<Option<f64>, BenchError> {
+        let Some(engine) = &mut self.engine else {
             return Ok(None);
         };
-        bench.compute()?;
-        let after = marker.mark(0)?;
-        let mut tickets = Vec::new();
+        let mut batches = Vec::new();
         for (kind, pairs) in jobs {
-            let batch = CopyBatch {
+            batches.push(CopyBatch {
                 direction: kind.direction(),
                 arena: ARENA,
                 ranges: ranges(&self.pool, &self.shard, pairs)?,
-                after,
-            };
-            match engine.submit(&batch) {
-                Ok(ticket) => tickets.push(ticket),
-                Err(error) => {
-                    bench.end_compute();
-                    return Err(error.into());
-                }
-            }
+                after: ComputeMark::NONE,
+            });
         }
         let start = Instant::now();
-        bench.end_compute();
-        for ticket in tickets {
+        let tickets: Result<Vec<_>, _> = batches.iter().map(|batch| engine.submit(batch)).collect();
+        for ticket in tickets? {
             loop {
                 match engine.poll(ticket) {
                     Poll::Pending => std::hint::spin_loop(),

@@ -8,8 +8,8 @@
 //!   vLLM's thread: CudaMarker ─ event on vLLM's stream ───────────────────┘
 //! ```
 //!
-//! It works in the context that torch uses and makes none of its own, on one stream per direction: the driver has one copy
-//! engine for each, which takes what is ready and knows no priorities. Nothing is linked: a machine without a driver gets
+//! It works in the context that torch uses and makes none of its own, on two streams per direction: the GPU has one copy
+//! engine for each, which knows no priorities and leaves a stream only when that has run empty. Nothing is linked: a machine without a driver gets
 //! [`NoCuda`], which says why. Every driver call is in `driver`; `table` has what is called.
 
 mod codes;

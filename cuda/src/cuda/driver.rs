@@ -54,6 +54,7 @@ pub(super) struct Driver {
     table: Table,
     batch: Option<BatchCopy>,
     /// Never unloaded: its threads run in it, and vLLM uses it too.
+    #[cfg_attr(not(feature = "workbench"), expect(dead_code, reason = "kept loaded"))]
     library: ManuallyDrop<Library>,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Sequence
 
 from support.completions import Ask
 from support.flood import FLOOD_MAX_TOKENS, at_once, flood_asks, prompt, together
@@ -32,6 +33,8 @@ class Plan:
     plain_agents: int = 4
     seed: int = 1
     flood_answer_tokens: int = FLOOD_MAX_TOKENS
+    flood_spare: int = 1
+    """Blocks for each agent of the flood that they leave to others."""
     block_size: int = 32
 
     def full_blocks(self) -> int:
@@ -98,8 +101,7 @@ class Greenroom:
 
     def _turn(self, agent: str) -> None:
         """A turn that ends with a tool call. Returns when all full blocks of its prompt are in the arena."""
-        ask = Ask(prompt(agent, self._plan.prompt_tokens, self._plan.seed), ANSWER_TOKENS, session=agent)
-        self._rig.vllm.ask(ask)
+        self._rig.vllm.ask(turn(agent, prompt(agent, self._plan.prompt_tokens, self._plan.seed)))
 
         def saved() -> bool:
             session = self._rig.sidecar.session(agent)
@@ -128,7 +130,7 @@ class Greenroom:
     def _flood(self) -> bool:
         """Other agents run turns that need the whole pool at one moment. Whether there was such a moment."""
         plan = self._plan
-        asks = flood_asks(self._rig.vllm, FLOOD_AGENTS, "flood", plan.seed, plan.flood_answer_tokens)
+        asks = flood_asks(self._rig.vllm, FLOOD_AGENTS, "flood", plan.seed, plan.flood_answer_tokens, plan.flood_spare)
         return at_once(together(self._rig.vllm, asks))
 
     def _loaded(self) -> int:
@@ -161,7 +163,12 @@ def next_turn(agent: str, round_: int, plan: Plan) -> Ask:
     """The prompt of the turn before, then a tool result that no one has seen."""
     before = prompt(agent, plan.prompt_tokens, plan.seed)
     result = prompt(f"{agent}-result-{round_}", TOOL_RESULT_TOKENS, plan.seed)
-    return Ask([*before, *result], ANSWER_TOKENS, session=agent)
+    return turn(agent, [*before, *result])
+
+
+def turn(agent: str, tokens: Sequence[int]) -> Ask:
+    """One of the session's, named in a way that every supported release understands."""
+    return Ask(tokens, ANSWER_TOKENS, session=agent, extra={"kv_transfer_params": {"session_id": agent}})
 
 
 def problem(sample: Sample, plan: Plan) -> str | None:

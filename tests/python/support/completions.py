@@ -89,6 +89,9 @@ class Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._answer is not None:
+            # It holds the socket open, too.
+            self._answer.close()
         self._connection.close()
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -45,25 +45,36 @@ def at_once(answers: Sequence[Completion]) -> bool:
 
 
 def flood_asks(
-    server: VllmServer, agents: int, name: str, seed: int = 0, max_tokens: int = FLOOD_MAX_TOKENS
+    server: VllmServer, agents: int, name: str, seed: int = 0, max_tokens: int = FLOOD_MAX_TOKENS, spare: int = 1
 ) -> list[Ask]:
-    """Turns of `agents` agents that together need the whole pool but for a few blocks."""
-    blocks = (server.config.gpu_blocks - 1 - agents) // agents
+    """Turns of `agents` agents that together need the whole pool but for a few blocks, `spare` for each.
+
+    Agents that were here before load their turns. The last of them may only do so if there are blocks left for all of
+    them to grow: where answers are longer than a block, it takes more than one each.
+    """
+    blocks = (server.config.gpu_blocks - 1 - agents * spare) // agents
     tokens = blocks * server.config.block_size - max_tokens
     names = [f"{name}-{agent}" for agent in range(agents)]
     return [Ask(prompt(each, tokens, seed), max_tokens, session=each) for each in names]
 
 
-def flood(server: VllmServer, agents: int = 2, name: str = "flood", seed: int = 0) -> None:
+def flood(
+    server: VllmServer,
+    agents: int = 2,
+    name: str = "flood",
+    seed: int = 0,
+    max_tokens: int = FLOOD_MAX_TOKENS,
+    spare: int = 1,
+) -> None:
     """Other agents run turns at the same time, then a short one: whatever else was in the pool is evicted.
 
     On a busy machine their requests may miss each other. Then they come again, each with twice as many tokens to make.
     """
     for attempt in range(FLOODS_MAX):
-        asks = flood_asks(server, agents, f"{name}-{attempt}", seed, FLOOD_MAX_TOKENS << attempt)
+        asks = flood_asks(server, agents, f"{name}-{attempt}", seed, max_tokens << attempt, spare)
         if at_once(together(server, asks)):
             break
     else:
         raise AssertionError(f"{FLOODS_MAX} floods did not fill the pool at any one moment")
-    sweep = prompt(f"{name}-sweep", 2 * (agents + 1) * server.config.block_size, seed)
+    sweep = prompt(f"{name}-sweep", 2 * (agents * spare + 1) * server.config.block_size, seed)
     server.ask(Ask(sweep, 1, session=f"{name}-sweep"))

@@ -63,7 +63,15 @@ class Shape:
 PRESETS = {
     "tiny": Shape(layers=2, hidden=128, heads=4, kv_heads=2, intermediate=256, dtype="float32"),
     "demo": Shape(layers=8, hidden=512, heads=8, kv_heads=4, intermediate=1536, dtype="bfloat16"),
+    # 64 KiB of KV per token, half of what models with 8 billion weights have; its weights are made in some ten seconds.
+    "gpu": Shape(layers=16, hidden=2048, heads=16, kv_heads=8, intermediate=4096, dtype="bfloat16"),
 }
+
+SKELETONS = {
+    # Llama 3.1's of 8 billion but for its vocabulary.
+    "llama-8b": Shape(layers=32, hidden=4096, heads=32, kv_heads=8, intermediate=14336, dtype="bfloat16"),
+}
+"""Models without weights: vLLM makes some up (`--load-format dummy`). They cost what it costs and say nothing."""
 
 
 def words(count: int, seed: int) -> str:
@@ -170,6 +178,14 @@ def write_weights(folder: Path, shape: Shape, seed: int) -> None:
     dtype = getattr(torch, shape.dtype)
     tensors = {name: torch.from_numpy(value).to(dtype) for name, value in weights(shape, seed).items()}
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def make_skeleton(folder: Path, shape: Shape) -> Path:
+    """Writes the model without its weights into `folder`; returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, shape)
+    write_tokenizer(folder, shape.vocab)
+    return folder
 
 
 def make_model(folder: Path, shape: Shape, seed: int = 1) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,8 +16,18 @@ VENVS = {"0.32": ROOT / ".venv", "0.26": ROOT / ".venv-026"}
 """vLLM version → environment that holds it; `make venv` and `make venv-026` make them."""
 
 
+CUDA = "cuda"
+"""Stands for the version of the vLLM that the interpreter `GPU_PYTHON` has: on a GPU machine, whatever is there."""
+
+
 def python_of(version: str) -> Path:
     """The interpreter that has this version of vLLM."""
+    if version == CUDA:
+        named = os.environ.get("GPU_PYTHON")
+        if not named:
+            raise FileNotFoundError("GPU_PYTHON must name the Python that has vLLM for CUDA")
+        # Links are not followed: an environment's interpreter is known by its own path.
+        return Path(shutil.which(named) or named).absolute()
     python = VENVS[version] / "bin" / "python"
     if not python.exists():
         raise FileNotFoundError(f"vLLM {version} is not installed in {VENVS[version].name}: run `make venvs`")

@@ -16,12 +16,13 @@ from typing import Any
 
 from support import rest
 from support.completions import MODEL_NAME, Ask, Completion, Stream, complete
-from support.make_model import PRESETS, make_model
+from support.make_model import PRESETS, SKELETONS, make_model, make_skeleton
 from support.metrics import Metrics
 from support.paths import LOGS, MODELS, greenroom_binary, python_of
 from support.process import Process, ProcessFailed, free_port
 
-SIDECAR_START_S = 20
+SIDECAR_START_S = 60
+"""The kernel clears tens of gigabytes for the largest arenas."""
 VLLM_START_S = 420
 PROGRESS_EVERY_S = 15
 
@@ -133,6 +134,29 @@ class Connector:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cuda:
+    """How an engine runs on a CUDA device: decoding in graphs, and without torch.compile, which would take a minute."""
+
+    memory_share: float = 0.35
+    """Of the device; must be free when the engine starts. Two engines that are compared share one device."""
+    pool_bytes: int = 1 << 30
+    """Said only so that vLLM does not measure: another engine that starts meanwhile makes that fail. The size of the
+    pool is `gpu_blocks`."""
+    graph_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+
+    def flags(self) -> list[str]:
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": self.graph_sizes}
+        return [
+            "--gpu-memory-utilization",
+            str(self.memory_share),
+            "--kv-cache-memory-bytes",
+            str(self.pool_bytes),
+            "--compilation-config",
+            json.dumps(graphs),
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
 class VllmConfig:
     """What distinguishes one engine from another; hashable, so that tests can share engines by it."""
 
@@ -143,6 +167,8 @@ class VllmConfig:
     max_model_len: int = 8192
     max_num_seqs: int = 16
     dev_mode: bool = True
+    cuda: Cuda | None = None
+    """None: it computes on the CPU."""
     args: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
     connector: Connector = Connector()
@@ -180,6 +206,8 @@ def model_folder(model: str) -> Path:
     """The folder of a preset, made if need be, or the folder that the name is."""
     if model in PRESETS:
         return make_model(MODELS / model, PRESETS[model])
+    if model in SKELETONS:
+        return make_skeleton(MODELS / model, SKELETONS[model])
     return Path(model)
 
 
@@ -212,24 +240,28 @@ class VllmServer:
             "127.0.0.1",
             "--port",
             str(self.port),
-            "--enforce-eager",
             "--enable-prompt-tokens-details",
         ]
+        command += ["--enforce-eager"] if config.cuda is None else config.cuda.flags()
         command += ["--block-size", str(config.block_size), "--num-gpu-blocks-override", str(config.gpu_blocks)]
         command += ["--max-model-len", str(config.max_model_len), "--max-num-seqs", str(config.max_num_seqs)]
         if config.model in PRESETS:
             # vLLM's own choice for a float32 model is bfloat16, whose noise changes tokens.
             command += ["--dtype", PRESETS[config.model].dtype]
+        if config.model in SKELETONS:
+            command += ["--load-format", "dummy"]
         if self._transfer is not None:
             command += ["--kv-transfer-config", json.dumps(self._transfer)]
         return command + list(config.args)
 
     def environment(self) -> dict[str, str]:
         env = dict(os.environ)
-        env.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", VLLM_CPU_KVCACHE_SPACE="1")
+        env.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
         # 0.26 seeds its block hashes from this; without it nothing matches after a restart.
         env.setdefault("PYTHONHASHSEED", "0")
-        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", compute_cores())
+        if self.config.cuda is None:
+            env["VLLM_CPU_KVCACHE_SPACE"] = "1"
+            env.setdefault("VLLM_CPU_OMP_THREADS_BIND", compute_cores())
         if self.config.dev_mode:
             env["VLLM_SERVER_DEV_MODE"] = "1"
         env.update(self.config.env)
@@ -333,7 +365,8 @@ def rig(
 
 def vllm_version(version: str) -> str:
     """The exact version that is installed."""
-    code = "from importlib.metadata import version; print(version('vllm-cpu'))"
+    names = ("vllm", "vllm-cpu")
+    code = f"import importlib.metadata as m; print(*{{d.version for d in m.distributions() if d.name in {names}}})"
     return subprocess.run(
         [str(python_of(version)), "-c", code], capture_output=True, text=True, check=True, timeout=60
     ).stdout.strip()

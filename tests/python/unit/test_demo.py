@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from demo import report
+from demo.__main__ import GPU, configuration
 from demo.arms import ARMS, Plan, Sample, problem
 from demo.stats import compare, percentile
 from support.completions import Completion
@@ -101,6 +102,21 @@ def test_summary_has_the_contract_and_survives_json(tmp_path: Path) -> None:
     assert all(bar["met"] for bar in read["bars"])
     assert {"machine", "commit", "seed", "command"} <= read.keys()
     ElementTree.parse(tmp_path / "demo.svg")
+
+
+def test_on_a_gpu_only_the_bar_that_every_machine_has_is_judged() -> None:
+    made = report.comparisons(samples(), seed=1)
+    assert [bar.name for bar in report.bars(made, cuda=True)] == [bar.name for bar in report.bars(made)][:1]
+    assert "recompute ÷ hinted, P50" not in report.table(samples(), made, cuda=True)
+
+
+def test_the_gpu_workload_fits_into_its_pool() -> None:
+    plan = Plan(prompt_tokens=GPU.prompt_tokens, block_size=GPU.block_size)
+    config = configuration(GPU, GPU.model, plan, token_bytes=128 << 10)
+    assert config.cuda is not None
+    assert plan.prompt_tokens < config.max_model_len <= (config.gpu_blocks - 1) * config.block_size
+    assert config.cuda.pool_bytes == config.gpu_blocks * config.block_size * (128 << 10)
+    assert "--enforce-eager" not in config.cuda.flags()
 
 
 def test_too_few_valid_samples_make_the_run_invalid() -> None:

@@ -3,7 +3,7 @@
 //! Three times are taken for each row, turn by turn, and the table shows medians:
 //! - the copy thread's, from handing a job over until its caller knows the end: planning, pacing and polling are in it;
 //! - a plain copy's: on a GPU one copy of as many page-locked bytes, on the host a loop of `memcpy` over the same ranges;
-//! - on a GPU what the hardware alone takes, for few enough copies that all lie at the driver before the first begins.
+//! - on a GPU what the engine takes for the whole job at once, without hand-over, pacing and the poll timer.
 //!
 //! Every turn takes the next window of an arena and a pool that are larger than the caches.
 
@@ -38,15 +38,17 @@ const RANGE_BYTES: [u64; 8] = [
     4 * MIB,
 ];
 const RANGE_COUNTS: [u64; 3] = [16, 256, 4096];
-/// Ranges that all lie at the driver before the first is copied.
-const ENQUEUED_MAX: u64 = 256;
+/// Of one job on a GPU: 64 MiB of the smallest ranges, the largest chunk that the hooks ship.
+const RANGE_COUNT_MAX: u64 = 16_384;
 /// Of an engine's own copies: the tokens it has sampled, the tables of a step.
 const SMALL_BYTES: u64 = 64 * KIB;
 const SMALL_COPIES: usize = 2000;
+/// Large jobs that small copies are made beside.
+const LARGE_JOBS: usize = 10;
 /// Regions of the pool where a block's layers lie apart, and the longest range that they are measured with: longer ones do not
 /// depend on how they are put to the driver.
 const LAYERS: u32 = 32;
-const LAYERED_BYTES_MAX: u64 = 64 * KIB;
+const LAYERED_BYTES_MAX: u64 = 256 * KIB;
 const LATENCY_SAMPLES: usize = 2000;
 /// Bytes that a row is to copy in all, where that does not take too many turns.
 const ROW_BYTES: u64 = GIB;
@@ -170,14 +172,15 @@ impl Bench {
                 ))?;
             }
             registering.extend(registered(&memory, page)?);
-            self.measure(&memory, page, &mut rows)?;
             if page == PageSize::Base4K {
                 figures["latency_us"] = latency(&memory)?;
                 figures["small_copies"] = small_copies(&memory)?;
             }
+            out::print(Row::HEAD)?;
+            self.measure(&memory, page, &mut rows)?;
         }
         let bars: Vec<Bar> = self.bars(&rows);
-        self.print(&rows, &bars, &figures, &registering)?;
+        out::print(&Self::summary(&bars, &figures, &registering))?;
         figures["rows"] = rows.iter().map(|row| row.json(self.engine)).collect();
         figures["registering"] = json!(registering);
         figures["bars"] = bars.iter().map(Bar::json).collect();
@@ -232,7 +235,7 @@ impl Bench {
             for &order in orders {
                 for ranges in self.counts(shape) {
                     for both in [false, true] {
-                        let whole = ranges * shape.range_bytes == self.bytes / 2;
+                        let whole = ranges == self.most(shape);
                         if both && !whole {
                             continue;
                         }
@@ -245,7 +248,11 @@ impl Bench {
                                 shape: *shape,
                                 ranges,
                             };
-                            rows.push(self.row(&mut copies, what)?);
+                            let row = self.row(&mut copies, what)?;
+                            progress(0, 0);
+                            out::print(&row.line(self.engine))?;
+                            progress(number, series.len());
+                            rows.push(row);
                         }
                     }
                 }
@@ -293,9 +300,14 @@ impl Bench {
         all
     }
 
-    /// Numbers of ranges of one job: some fixed ones, and as many as fill half of the memory.
+    /// The most ranges of one job: as many as fill half of the memory, if they are not too many.
+    fn most(&self, shape: &CopyShape) -> u64 {
+        (self.bytes / 2 / shape.range_bytes).min(RANGE_COUNT_MAX)
+    }
+
+    /// Numbers of ranges of one job: some fixed ones, and the most.
     fn counts(&self, shape: &CopyShape) -> Vec<u64> {
-        let most = self.bytes / 2 / shape.range_bytes;
+        let most = self.most(shape);
         let fits = |count: &u64| *count < most && count.is_multiple_of(u64::from(shape.layers));
         let mut counts: Vec<u64> = RANGE_COUNTS.into_iter().filter(fits).collect();
         counts.push(most);
@@ -308,7 +320,7 @@ impl Bench {
         let bytes = what.ranges * what.shape.range_bytes;
         let turns = (ROW_BYTES / bytes).clamp(self.least, self.least * TURNS_MAX);
         let windows = copies.blocks() / blocks;
-        let (mut ours, mut plain, mut enqueued) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut ours, mut plain, mut unpaced) = (Vec::new(), Vec::new(), Vec::new());
         for turn in 0..=turns {
             // Neither side is given what the other has just brought into the caches, and both get every window.
             let first = (2 * u32::try_from(turn).unwrap_or(0)) % windows;
@@ -328,16 +340,12 @@ impl Bench {
                 let plain = copies.plain(for_plain)?;
                 (copies.ours(for_ours)?, plain)
             };
-            // A driver's queue is short: a call that finds it full waits for copies that may not begin.
-            let alone = match what.ranges {
-                ..=ENQUEUED_MAX => copies.enqueued(&jobs)?,
-                _ => None,
-            };
+            let whole = copies.unpaced(for_ours)?;
             // The first turn is there to warm up.
             if turn > 0 {
                 ours.push(samples.0);
                 plain.push(samples.1);
-                enqueued.extend(alone);
+                unpaced.extend(whole);
             }
         }
         let moved = bytes * u64_from(what.way.directions());
@@ -345,77 +353,62 @@ impl Bench {
         Ok(Row {
             gbps: gbps(ours),
             plain_gbps: gbps(plain),
-            enqueued_gbps: (!enqueued.is_empty()).then(|| gbps(enqueued)),
+            unpaced_gbps: (!unpaced.is_empty()).then(|| gbps(unpaced)),
             what,
         })
     }
 
-    /// Bars are for medians over rows of what a worker does: the automatic method, one direction. On the host from the size of
-    /// the chunks that the hooks ship, for what a smaller job costs besides is the latency; on a GPU for half the memory.
+    /// Bars are for medians over rows of what a worker does: the automatic method, one direction. On the host jobs from the size
+    /// of the chunks that the hooks ship, for what a smaller one costs besides is the latency; on a GPU the largest jobs, in
+    /// orders in which ranges are not merged.
     fn bars(&self, rows: &[Row]) -> Vec<Bar> {
-        let (bars, least) = match self.engine {
-            EngineName::Host => (
-                [
-                    (32 * KIB..256 * KIB, "32 KiB", 0.9),
-                    (256 * KIB..GIB, "256 KiB", 0.95),
-                ],
-                8 * MIB,
-            ),
-            EngineName::Cuda => (
-                [
-                    (16 * KIB..256 * KIB, "16 KiB", 0.8),
-                    (256 * KIB..GIB, "256 KiB", 0.95),
-                ],
-                self.bytes / 2,
-            ),
+        let bars = match self.engine {
+            EngineName::Host => [
+                (32 * KIB..256 * KIB, "32 to 128 KiB", 0.9),
+                (256 * KIB..GIB, "256 KiB and more", 0.95),
+            ],
+            EngineName::Cuda => [
+                (16 * KIB..128 * KIB, "16 to 64 KiB", 0.8),
+                (256 * KIB..GIB, "256 KiB and more", 0.95),
+            ],
         };
         let judged = |sizes: &Range<u64>| -> Vec<f64> {
             let wanted = |row: &&Row| {
-                let shape = &row.what.shape;
-                let bytes = shape.range_bytes * row.what.ranges;
-                row.what.way != Way::Both
+                let What {
+                    way,
+                    order,
+                    shape,
+                    ranges,
+                    ..
+                } = &row.what;
+                let large = match self.engine {
+                    EngineName::Host => shape.range_bytes * ranges >= (8 * MIB).min(self.bytes / 2),
+                    EngineName::Cuda => *ranges == self.most(shape) && *order != Order::Contiguous,
+                };
+                *way != Way::Both
                     && shape.method == CopyMethod::Auto
                     && sizes.contains(&shape.range_bytes)
-                    && bytes >= least.min(self.bytes / 2)
+                    && large
             };
             rows.iter().filter(wanted).map(Row::ratio).collect()
         };
         let made = bars.into_iter().map(|(sizes, from, limit)| Bar {
-            name: format!("ratio to a plain copy, ranges from {from} (median of rows)"),
+            name: format!("ratio to a plain copy, ranges of {from} (median of rows)"),
             value: Samples::new(judged(&sizes)).median(),
             limit: Limit::AtLeast(limit),
         });
         made.collect()
     }
 
-    fn print(
-        &self,
-        rows: &[Row],
-        bars: &[Bar],
-        figures: &Value,
-        registering: &[Value],
-    ) -> Result<(), CliError> {
-        let head = [
-            "WAY",
-            "ORDER",
-            "PAGES",
-            "RANGE KiB",
-            "RANGES",
-            "METHOD",
-            "GB/s",
-            "PLAIN",
-            "RATIO",
-            "ENQUEUED",
-        ];
-        let cells: Vec<_> = rows.iter().map(|row| row.cells(self.engine)).collect();
-        let mut text = out::table(&head, &cells);
-        text.push_str(&format!(
+    /// What is said below the rows.
+    fn summary(bars: &[Bar], figures: &Value, registering: &[Value]) -> String {
+        let mut text = format!(
             "one 4 KiB job, handed over to end known: {} us\n",
             figures["latency_us"]
-        ));
+        );
         if !figures["small_copies"].is_null() {
             text.push_str(&format!(
-                "64 KiB copies of others: {}\n",
+                "small copies of others, us: {}\n",
                 figures["small_copies"]
             ));
         }
@@ -426,8 +419,7 @@ impl Bench {
             text.push_str(&bar.line());
             text.push('\n');
         }
-        out::print(&text)?;
-        Ok(())
+        text
     }
 
     /// Blocks in random order, jobs of half the memory.
@@ -452,7 +444,7 @@ impl Bench {
                 shape,
                 ranges,
             } = row.what;
-            let whole = ranges * shape.range_bytes == self.bytes / 2;
+            let whole = ranges == self.most(&shape);
             if order != Order::Shuffled || page != PageSize::Base4K || !whole {
                 continue;
             }
@@ -600,7 +592,7 @@ struct Row {
     what: What,
     gbps: f64,
     plain_gbps: f64,
-    enqueued_gbps: Option<f64>,
+    unpaced_gbps: Option<f64>,
 }
 
 impl Row {
@@ -608,7 +600,10 @@ impl Row {
         self.gbps / self.plain_gbps
     }
 
-    fn cells(&self, engine: EngineName) -> Vec<String> {
+    const HEAD: &str =
+        "WAY   ORDER       PAGES  RANGE KiB  RANGES  METHOD    GB/s   PLAIN  RATIO  UNPACED\n";
+
+    fn line(&self, engine: EngineName) -> String {
         let What {
             way,
             order,
@@ -616,19 +611,20 @@ impl Row {
             shape,
             ranges,
         } = self.what;
-        vec![
-            way.word().to_owned(),
-            order.word().to_owned(),
-            page_word(page).to_owned(),
-            (shape.range_bytes / KIB).to_string(),
-            ranges.to_string(),
-            method_word(engine, shape.method).to_owned(),
-            format!("{:.2}", self.gbps),
-            format!("{:.2}", self.plain_gbps),
-            format!("{:.3}", self.ratio()),
-            self.enqueued_gbps
-                .map_or_else(|| "-".to_owned(), |gbps| format!("{gbps:.2}")),
-        ]
+        format!(
+            "{:<4}  {:<10}  {:<5}  {:>9}  {:>6}  {:<6}  {:>6.2}  {:>6.2}  {:>5.3}  {:>7}\n",
+            way.word(),
+            order.word(),
+            page_word(page),
+            shape.range_bytes / KIB,
+            ranges,
+            method_word(engine, shape.method),
+            self.gbps,
+            self.plain_gbps,
+            self.ratio(),
+            self.unpaced_gbps
+                .map_or_else(|| "-".to_owned(), |gbps| format!("{gbps:.2}"))
+        )
     }
 
     fn json(&self, engine: EngineName) -> Value {
@@ -650,7 +646,7 @@ impl Row {
             "gbps": round(self.gbps),
             "plain_gbps": round(self.plain_gbps),
             "ratio": round(self.ratio()),
-            "enqueued_gbps": self.enqueued_gbps.map(round),
+            "unpaced_gbps": self.unpaced_gbps.map(round),
         })
     }
 }
@@ -703,20 +699,29 @@ fn micros(seconds: Vec<f64>) -> Value {
     json!({"p50": at(500), "p95": at(950), "p99": at(990), "max": at(1000)})
 }
 
-/// What an engine's own small copies wait for ours: alone, beside a large job as it is paced, and beside the same job without
-/// pacing. In microseconds; null without a GPU.
+/// What an engine's own small copies wait for a large job of ours: the longest wait in each of some runs, beside the same
+/// copies alone, for the pacing that workers have, for one sub-batch at a time, and for none. Microseconds; null without a GPU.
 fn small_copies(memory: &BenchMemory) -> Result<Value, CliError> {
     let shape = CopyShape {
         range_bytes: MIB,
         layers: 1,
         method: CopyMethod::Auto,
     };
+    let paced = memory.limits();
+    let single = CopyLimits {
+        outstanding_per_direction: 1,
+        ..paced
+    };
     let unpaced = CopyLimits {
         sub_batch_bytes: memory.bytes(),
-        ..memory.limits()
+        ..paced
     };
     let mut all = json!({"bytes": SMALL_BYTES});
-    for (name, limits) in [("paced", memory.limits()), ("unpaced", unpaced)] {
+    for (name, limits) in [
+        ("paced", paced),
+        ("one_outstanding", single),
+        ("unpaced", unpaced),
+    ] {
         let copies = memory.copies(shape, limits)?;
         for way in [Direction::HostToDevice, Direction::DeviceToHost] {
             let word = Way::One(way).word();
@@ -725,22 +730,26 @@ fn small_copies(memory: &BenchMemory) -> Result<Value, CliError> {
             };
             all[word]["alone"] = micros(alone);
             // All but the last block of either side, which the small copies use.
-            let pairs = Order::Contiguous.pairs(copies.blocks() - 1, 0);
+            let blocks = copies.blocks() - 1;
+            let pairs = Order::Shuffled.pairs(blocks, 0);
             let kind = match way {
                 Direction::HostToDevice => CopyKind::Demand,
                 Direction::DeviceToHost => CopyKind::Save,
             };
-            let mut beside = Vec::new();
-            for _ in 0..10 {
-                beside.extend(
-                    copies
-                        .small_beside((kind, pairs.clone()), SMALL_BYTES)?
-                        .unwrap_or_default(),
-                );
+            let (mut longest, mut beside, mut large) = (Vec::new(), Vec::new(), Vec::new());
+            for _ in 0..LARGE_JOBS {
+                large.push(copies.ours(&[(kind, pairs.clone())])?);
+                let waits = copies.small_beside((kind, pairs.clone()), SMALL_BYTES)?;
+                let waits = waits.unwrap_or_default();
+                longest.extend(waits.iter().copied().reduce(f64::max));
+                beside.extend(waits);
             }
-            if !beside.is_empty() {
-                all[word][name] = micros(beside);
-            }
+            let rate = gbps(u64::from(blocks) * MIB, Samples::new(large).median());
+            all[word][name] = json!({
+                "longest": micros(longest),
+                "all": micros(beside),
+                "large_gbps": round(rate),
+            });
         }
     }
     Ok(all)
@@ -753,6 +762,7 @@ fn progress(done: usize, all: usize) {
         return;
     }
     let bar = "#".repeat(40 * done / all.max(1));
+    // Of nothing: it makes way for a line of the table.
     let end = if done == all { "\r\x1b[K" } else { "" };
     // A progress bar that cannot be drawn stops nothing.
     drop(write!(terminal, "\r[{bar:40}] {done}/{all}{end}"));
