@@ -171,16 +171,25 @@ impl Bench {
                     figures["gpu"]["cuda"]
                 ))?;
             }
-            registering.extend(registered(&memory, page)?);
+            if let Some(cost) = registered(&memory, page)? {
+                out::print(&format!("registering: {cost}\n"))?;
+                registering.push(cost);
+            }
             if page == PageSize::Base4K {
                 figures["latency_us"] = latency(&memory)?;
                 figures["small_copies"] = small_copies(&memory)?;
+                out::print(&format!(
+                    "one 4 KiB job, handed over to end known, us: {}\nsmall copies of others, us: {}\n",
+                    figures["latency_us"], figures["small_copies"]
+                ))?;
             }
             out::print(Row::HEAD)?;
             self.measure(&memory, page, &mut rows)?;
         }
         let bars: Vec<Bar> = self.bars(&rows);
-        out::print(&Self::summary(&bars, &figures, &registering))?;
+        for bar in &bars {
+            out::print(&format!("{}\n", bar.line()))?;
+        }
         figures["rows"] = rows.iter().map(|row| row.json(self.engine)).collect();
         figures["registering"] = json!(registering);
         figures["bars"] = bars.iter().map(Bar::json).collect();
@@ -398,28 +407,6 @@ impl Bench {
             limit: Limit::AtLeast(limit),
         });
         made.collect()
-    }
-
-    /// What is said below the rows.
-    fn summary(bars: &[Bar], figures: &Value, registering: &[Value]) -> String {
-        let mut text = format!(
-            "one 4 KiB job, handed over to end known: {} us\n",
-            figures["latency_us"]
-        );
-        if !figures["small_copies"].is_null() {
-            text.push_str(&format!(
-                "small copies of others, us: {}\n",
-                figures["small_copies"]
-            ));
-        }
-        for one in registering {
-            text.push_str(&format!("registering: {one}\n"));
-        }
-        for bar in bars {
-            text.push_str(&bar.line());
-            text.push('\n');
-        }
-        text
     }
 
     /// Blocks in random order, jobs of half the memory.
