@@ -37,7 +37,6 @@ impl SchedulerHooks {
         if !ready {
             return Match::Miss;
         }
-        let overdue = matches!(turn.lookup, Lookup::Waiting { .. });
         let mut released = Vec::new();
         let answer = turn.answer(
             local,
@@ -62,6 +61,8 @@ impl SchedulerHooks {
             }
             Answer::Pending => Match::Pending,
             Answer::Miss => {
+                // One that is no longer waited for since the GPU has the blocks was not late.
+                let overdue = matches!(turn.lookup, Lookup::Waiting { .. });
                 self.figures.timeouts += u64::from(overdue);
                 self.totals.timeouts += u64::from(overdue);
                 Match::Miss

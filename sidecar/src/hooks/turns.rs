@@ -249,6 +249,23 @@ mod tests {
         assert_eq!(turn.lookup, Lookup::Idle);
     }
 
+    /// Which is how it is told from one that the sidecar did not answer in time.
+    #[test]
+    fn a_lookup_that_the_gpu_has_made_needless_is_not_waited_for() {
+        let (mut turn, now) = turn(8);
+        let waiting = || Lookup::Waiting {
+            sequence: 1,
+            since: now,
+            from: 0,
+        };
+        turn.lookup = waiting();
+        assert_eq!(ask(&mut turn, 7, 7, now).0, Answer::Miss);
+        assert_eq!(turn.lookup, Lookup::Idle);
+        turn.lookup = waiting();
+        assert_eq!(ask(&mut turn, 0, 7, now + PATIENCE).0, Answer::Miss);
+        assert_eq!(turn.lookup, waiting());
+    }
+
     #[test]
     fn an_expired_lease_is_asked_for_anew() {
         let (mut turn, now) = turn(8);

@@ -101,13 +101,16 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `-dirty` where files differ from it; a copy without git is told by
-    `GREENROOM_COMMIT`, else `unknown`."""
+    """What `GREENROOM_COMMIT` says, for copies of the checkout; else the checkout's commit, with `-dirty` where files
+    differ from it, or `unknown`."""
+    told = os.environ.get("GREENROOM_COMMIT")
+    if told:
+        return told
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    said = ""
     with contextlib.suppress(FileNotFoundError):
         said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return said or os.environ.get("GREENROOM_COMMIT", "unknown")
+        return said or "unknown"
+    return "unknown"
 
 
 def summary(

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from demo.report import commit
 from gpu import moves, sizes, swaps
 from gpu.pair import Pair, Record
 from real_vllm.rigs import PATIENT
@@ -79,6 +80,7 @@ def pair(request: pytest.FixtureRequest, record: Record) -> Iterator[Pair]:
             server.wait_ready()
         record(
             device=nvidia.description(),
+            commit=commit(),
             vllm=vllm_version(here.config.version),
             greenroom=str(greenroom_binary()),
             start_s=round(time.monotonic() - began, 1),
