@@ -12,6 +12,8 @@ CARGO_FLAGS ?= --locked
 MODEL ?=
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+# For gpu-check: a Python that has vLLM for CUDA. Greenroom's wheel and pytest are installed beside it.
+GPU_PYTHON ?=
 
 TOOLS := .venv-tools
 UV := $(TOOLS)/bin/uv
@@ -30,7 +32,7 @@ SANITIZER ?= $(if $(NIGHTLY),address,none)
 # Left out: valgrind shows a process maps of its own making, and one test reads them.
 UNSAFE_TESTS := arena device host conformance thread --skip forked_children
 # vLLM 0.32 wants Python 3.11 or newer; uv takes one from the machine or fetches it.
-GPU_PYTHON := >=3.11,<3.15
+VLLM_PYTHON := >=3.11,<3.15
 export UV_NO_PROGRESS := 1
 export PYO3_PYTHON := $(abspath $(TOOLS)/bin/python)
 
@@ -154,11 +156,10 @@ gpu-check: ## what needs a GPU; figures go to benches/results (GPU_PYTHON=: a Py
 
 .PHONY: gpu-check-here
 gpu-check-here: wheel
-	$(if $(GPU_PYTHON),$(UV) pip install --quiet --no-deps --reinstall --python $(GPU_PYTHON) target/wheels/greenroom-*.whl)
+	$(if $(GPU_PYTHON),$(UV) pip install --quiet --python '$(GPU_PYTHON)' --reinstall-package greenroom target/wheels/greenroom-*.whl pytest)
 	tests=$$(cargo test $(CARGO_FLAGS) --release -p greenroom-tests --test gpu --no-run --message-format=json | \
 	  $(TOOLS)/bin/python -c 'import json, sys; print(*(m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")))') && \
-	GPU_TESTS=$$tests GREENROOM_COMMAND=$(BUILT)/release/greenroom GPU_PYTHON='$(GPU_PYTHON)' \
-	  TEST_PYTHON=$(TOOLS)/bin/python tests/gpu/check.sh
+	GPU_TESTS=$$tests GREENROOM_COMMAND=$(abspath $(BUILT)/release/greenroom) GPU_PYTHON='$(GPU_PYTHON)' tests/gpu/check.sh
 
 .PHONY: bench
 bench: ## the benchmarks in benches/; figures as JSON in target/bench-*.json
@@ -219,7 +220,7 @@ $(TOOLS)/.ready: $(REQUIREMENTS)/tools.txt
 # $(1) environment, $(2) lock file. The lock names every package: no resolving, which could not have vLLM's torch.
 define install-vllm
 @echo "Installing vLLM into $(1) (about 6 GB, once) …"
-$(UV) venv --quiet --allow-existing --python '$(GPU_PYTHON)' $(1)
+$(UV) venv --quiet --allow-existing --python '$(VLLM_PYTHON)' $(1)
 $(UV) pip install --quiet --no-deps --python $(1) -r $(2)
 touch $(1)/.ready
 endef

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use cuda::CopyMethod;
 use pyo3::prelude::*;
 use sidecar::engine::frames::{Hello, Role};
 use sidecar::hooks::{HooksConfig, Prefetch};
@@ -28,6 +29,10 @@ pub(crate) struct EngineConfig {
     gpu_hold_ratio: f64,
     /// Whether waiting sessions are brought back.
     prefetch: bool,
+    /// How copies are put to a CUDA driver.
+    copy_method: String,
+    /// KiB that copies go in; `None`: what suits the link.
+    copy_sub_batch_kib: Option<u64>,
 }
 
 /// A worker's KV memory: the attributes of `greenroom.vllm.settings.KvMemory`.
@@ -53,6 +58,23 @@ impl EngineConfig {
             gpu_blocks: self.gpu_blocks,
         };
         (self.socket.clone(), hello)
+    }
+
+    /// How copies are put to a CUDA driver; `None`: there is no such way.
+    pub(crate) fn copy_method(&self) -> Option<CopyMethod> {
+        match self.copy_method.as_str() {
+            "auto" => Some(CopyMethod::Auto),
+            "single" => Some(CopyMethod::Single),
+            "batch" => Some(CopyMethod::Batch),
+            "rows" => Some(CopyMethod::Rows),
+            _ => None,
+        }
+    }
+
+    /// Bytes that copies go in, where that has been said.
+    pub(crate) fn copy_sub_batch(&self) -> Option<u64> {
+        self.copy_sub_batch_kib
+            .map(|size| size.saturating_mul(1024))
     }
 
     /// The configuration of the scheduler's hooks.

@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use cuda::{
     ArenaId, ArenaShard, ComputeMark, ComputeMarker, CopyEngine, CopyError, CopyKind, CopyLimits,
-    CopyMethod, CopyThread, CudaDevice, CudaEngine, DevicePool, DeviceRegion, HostEngine,
-    HostMarker, Job, JobEnd, JobId, Outcome,
+    CopyThread, CudaDevice, CudaEngine, DevicePool, DeviceRegion, HostEngine, HostMarker, Job,
+    JobEnd, JobId, Outcome,
 };
 use kvstore::{GpuBlock, SlotId};
 use parking_lot::Mutex;
@@ -164,7 +164,7 @@ impl Parts {
             engine,
             marker,
             limits,
-        } = Copier::find(cuda_device, &pool)?;
+        } = Copier::find(config, cuda_device, &pool)?;
         let copies = Arc::new(CopyThread::spawn(engine, pool, limits)?);
         let (socket, hello) = config.worker_hello(rank);
         let rank_offset = u64::from(rank) * config.rank_bytes;
@@ -272,23 +272,34 @@ struct Copier {
 
 impl Copier {
     /// The engine for memory on a CUDA device, or in this process's own memory.
-    fn find(cuda_device: Option<u32>, pool: &Arc<DevicePool>) -> Result<Self, NativeError> {
+    fn find(
+        config: &EngineConfig,
+        cuda_device: Option<u32>,
+        pool: &Arc<DevicePool>,
+    ) -> Result<Self, NativeError> {
+        let method = config
+            .copy_method()
+            .ok_or(CopyError::BadConfig("copy_method"))?;
+        let limits = |usual: CopyLimits| CopyLimits {
+            sub_batch_bytes: config.copy_sub_batch().unwrap_or(usual.sub_batch_bytes),
+            ..usual
+        };
         let Some(ordinal) = cuda_device else {
             return Ok(Self {
                 engine: Box::new(HostEngine::new(Arc::clone(pool))),
                 marker: Box::new(HostMarker),
-                limits: CopyLimits::default(),
+                limits: limits(CopyLimits::default()),
             });
         };
         let device = CudaDevice::probe(ordinal)?;
-        let engine = CudaEngine::new(&device, Arc::clone(pool), CopyMethod::default())?;
+        let engine = CudaEngine::new(&device, Arc::clone(pool), method)?;
         // SAFETY: `Mover`'s callers pass what `greenroom.vllm.compat.compute_stream` reads off torch at that moment: the
         // current stream of the KV cache's device, which torch never destroys.
         let marker = unsafe { engine.marker() };
         Ok(Self {
             marker: Box::new(marker),
             engine: Box::new(engine),
-            limits: device.limits(),
+            limits: limits(device.limits()),
         })
     }
 }

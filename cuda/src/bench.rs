@@ -8,6 +8,7 @@
 )]
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 use kvstore::{
@@ -42,6 +43,9 @@ pub enum BenchError {
     /// A copy was refused or failed.
     #[error(transparent)]
     Copy(#[from] CopyError),
+    /// Figures of memory that is not registered would be another's.
+    #[error("the driver registers only a part of the arena: give a smaller --memory")]
+    Unregistered,
     /// A job did not end as done.
     #[error("a copy did not end well: {0:?}")]
     Ended(Outcome),
@@ -70,16 +74,22 @@ pub type CopyJob = (CopyKind, Vec<(SlotId, GpuBlock)>);
 
 /// Both sides of the copies: an arena, and as much memory of a pool.
 pub struct BenchMemory {
-    map: Arc<ArenaMap>,
-    /// The same pages mapped once more, for an engine beside the copy thread's: what one has registered the other cannot.
-    second_map: Arc<ArenaMap>,
-    pool: PoolMemory,
+    sides: Arc<Sides>,
     /// Seconds it took to have every page of the arena backed.
     pub touch_seconds: f64,
 }
 
+/// Shared with everything that copies: it is there for as long as they are.
+struct Sides {
+    map: Arc<ArenaMap>,
+    /// The same pages mapped once more, for an engine beside the copy thread's: what one has registered the other cannot.
+    second_map: Arc<ArenaMap>,
+    pool: PoolMemory,
+}
+
 enum PoolMemory {
-    Host(Vec<u64>),
+    /// Cells, for they are written behind Rust's back.
+    Host(Vec<AtomicU64>),
     Gpu(Box<Gpu>),
 }
 
@@ -102,7 +112,7 @@ impl BenchMemory {
     /// For copies within this process.
     pub fn host(bytes: u64, page: PageSize) -> Result<Self, BenchError> {
         // Written, so that every page is there.
-        let pool = PoolMemory::Host((0..bytes / 8).collect());
+        let pool = PoolMemory::Host((0..bytes / 8).map(AtomicU64::new).collect());
         Self::with(pool, bytes, page)
     }
 
@@ -132,22 +142,25 @@ impl BenchMemory {
         if matches!(pool, PoolMemory::Gpu(_)) {
             second_map.populate(threads.min(16))?;
         }
-        Ok(Self {
+        let sides = Sides {
             map,
             second_map,
             pool,
+        };
+        Ok(Self {
+            sides: Arc::new(sides),
             touch_seconds,
         })
     }
 
     /// Bytes of either side.
     pub fn bytes(&self) -> u64 {
-        self.map.bytes()
+        self.sides.map.bytes()
     }
 
     /// The GPU and its name, if it is one.
     pub fn device(&self) -> Option<(&str, &CudaDevice)> {
-        match &self.pool {
+        match &self.sides.pool {
             PoolMemory::Host(_) => None,
             PoolMemory::Gpu(gpu) => Some((gpu.bench.name(), &gpu.device)),
         }
@@ -155,7 +168,7 @@ impl BenchMemory {
 
     /// The limits that a worker would have here.
     pub fn limits(&self) -> CopyLimits {
-        match &self.pool {
+        match &self.sides.pool {
             PoolMemory::Host(_) => CopyLimits::default(),
             PoolMemory::Gpu(gpu) => gpu.device.limits(),
         }
@@ -163,7 +176,7 @@ impl BenchMemory {
 
     /// Registers the arena, to see what that costs. None where nothing is registered.
     pub fn registering(&self) -> Result<Option<Registering>, BenchError> {
-        let PoolMemory::Gpu(gpu) = &self.pool else {
+        let PoolMemory::Gpu(gpu) = &self.sides.pool else {
             return Ok(None);
         };
         let bench = &gpu.bench;
@@ -187,13 +200,9 @@ impl BenchMemory {
     /// A copy thread for this shape, and on a GPU an engine beside it.
     ///
     /// Errors: [`CopyError::BadConfig`] if there are too many blocks, or none.
-    pub fn copies(
-        &self,
-        shape: CopyShape,
-        limits: CopyLimits,
-    ) -> Result<BenchCopies<'_>, BenchError> {
+    pub fn copies(&self, shape: CopyShape, limits: CopyLimits) -> Result<BenchCopies, BenchError> {
         let (pool, blocks) = self.pool_of(&shape)?;
-        let engine: Box<dyn CopyEngine> = match &self.pool {
+        let engine: Box<dyn CopyEngine> = match &self.sides.pool {
             PoolMemory::Host(_) => Box::new(HostEngine::new(Arc::clone(&pool))),
             PoolMemory::Gpu(gpu) => Box::new(CudaEngine::new(
                 &gpu.device,
@@ -202,7 +211,7 @@ impl BenchMemory {
             )?),
         };
         let shard = ArenaShard {
-            map: Arc::clone(&self.map),
+            map: Arc::clone(&self.sides.map),
             slot_bytes: shape.block_bytes(),
             rank_offset: 0,
         };
@@ -212,7 +221,7 @@ impl BenchMemory {
         Ok(BenchCopies {
             thread,
             engine: second,
-            memory: self,
+            sides: Arc::clone(&self.sides),
             shape,
             shard,
             pool,
@@ -221,7 +230,7 @@ impl BenchMemory {
     }
 
     fn pool_of(&self, shape: &CopyShape) -> Result<(Arc<DevicePool>, u32), BenchError> {
-        let base = match &self.pool {
+        let base = match &self.sides.pool {
             PoolMemory::Host(memory) => u64_from(memory.as_ptr().expose_provenance()),
             PoolMemory::Gpu(gpu) => gpu.memory.base(),
         };
@@ -233,7 +242,7 @@ impl BenchMemory {
             block_stride: shape.range_bytes,
             block_bytes: shape.range_bytes,
         });
-        // SAFETY: the regions lie in memory of `self`, which outlives the copies (they borrow it) and which nothing else
+        // SAFETY: the regions lie in memory of `sides`, which everything that copies has a share in, and which nothing else
         // touches but `BenchCopies::plain`, while no job runs.
         let pool = unsafe { DevicePool::new(regions.collect(), blocks) }?;
         Ok((Arc::new(pool), blocks))
@@ -244,30 +253,33 @@ impl BenchMemory {
         pool: &Arc<DevicePool>,
         method: CopyMethod,
     ) -> Result<Option<CudaEngine>, BenchError> {
-        let PoolMemory::Gpu(gpu) = &self.pool else {
+        let PoolMemory::Gpu(gpu) = &self.sides.pool else {
             return Ok(None);
         };
         let mut engine = CudaEngine::new(&gpu.device, Arc::clone(pool), method)?;
         engine.start()?;
-        engine.attach(ARENA, &self.second_map)?;
+        engine.attach(ARENA, &self.sides.second_map)?;
+        if !engine.is_registered(ARENA) {
+            return Err(BenchError::Unregistered);
+        }
         Ok(Some(engine))
     }
 }
 
 /// Copies of one shape.
-pub struct BenchCopies<'a> {
+pub struct BenchCopies {
     // Fields drop in this order: what copies before the memory that it copies to.
     thread: CopyThread,
     /// Of this thread's own, beside the copy thread's.
     engine: Option<CudaEngine>,
-    memory: &'a BenchMemory,
+    sides: Arc<Sides>,
     shape: CopyShape,
     shard: ArenaShard,
     pool: Arc<DevicePool>,
     blocks: u32,
 }
 
-impl BenchCopies<'_> {
+impl BenchCopies {
     /// Blocks of the pool, and slots of the arena.
     pub fn blocks(&self) -> u32 {
         self.blocks
@@ -296,7 +308,10 @@ impl BenchCopies<'_> {
         let jobs: Vec<_> = jobs.collect();
         let start = Instant::now();
         for job in jobs {
-            self.thread.submit(job, ComputeMark::NONE)?;
+            if let Err(error) = self.thread.submit(job, ComputeMark::NONE) {
+                self.thread.wait_idle();
+                return Err(error.into());
+            }
         }
         Ok(start)
     }
@@ -314,22 +329,24 @@ impl BenchCopies<'_> {
     /// stretch that the job's blocks begin at; on the host a loop of `memcpy` over the ranges as they are listed.
     ///
     /// Errors: [`CopyError::BadConfig`] if a job has no blocks or its stretch ends outside.
-    pub fn plain(&self, jobs: &[CopyJob]) -> Result<f64, BenchError> {
-        match &self.memory.pool {
+    pub fn plain(&mut self, jobs: &[CopyJob]) -> Result<f64, BenchError> {
+        match &self.sides.pool {
             PoolMemory::Host(_) => {
                 let mut listed = Vec::new();
                 for (kind, pairs) in jobs {
-                    listed.push((kind.direction(), self.unmerged(pairs)));
+                    listed.push((kind.direction(), self.unmerged(pairs)?));
                 }
                 let start = Instant::now();
                 for (direction, ranges) in &listed {
-                    self.memcpy(*direction, ranges);
+                    // SAFETY: the ranges are those. No job runs: every method that begins some waits for them before it returns,
+                    // and `self` is this one's alone.
+                    unsafe { self.memcpy(*direction, ranges) };
                 }
                 Ok(start.elapsed().as_secs_f64())
             }
             PoolMemory::Gpu(gpu) => {
                 let copies: Result<Vec<_>, _> = jobs.iter().map(|job| self.stretch(job)).collect();
-                Ok(gpu.bench.copy(&self.memory.map, &gpu.memory, &copies?)?)
+                Ok(gpu.bench.copy(&self.sides.map, &gpu.memory, &copies?)?)
             }
         }
     }
@@ -348,26 +365,37 @@ impl BenchCopies<'_> {
         })
     }
 
-    /// (Offset in the arena, address in the pool) of each range.
-    fn unmerged(&self, pairs: &[(SlotId, GpuBlock)]) -> Vec<(usize, usize)> {
+    /// (Offset in the arena, address in the pool) of each range, none merged.
+    ///
+    /// Errors: as the copy thread says it of a slot or block that there is not.
+    fn unmerged(&self, pairs: &[(SlotId, GpuBlock)]) -> Result<Vec<(usize, usize)>, CopyError> {
         let bytes = usize_from_u64(self.shape.range_bytes);
         let layers = usize_from_u64(u64::from(self.shape.layers));
         let mut all = Vec::with_capacity(pairs.len() * layers);
-        for (slot, block) in pairs {
+        for &(slot, block) in pairs {
+            if slot.0 >= self.blocks {
+                let slots = u64::from(self.blocks);
+                return Err(CopyError::SlotOutOfRange { slot, slots });
+            }
+            if block.0 >= self.blocks {
+                let blocks = self.blocks;
+                return Err(CopyError::BlockOutOfRange { block, blocks });
+            }
             for (layer, region) in self.pool.regions().iter().enumerate() {
                 let offset = (slot.index() * layers + layer) * bytes;
                 all.push((offset, usize_from_u64(region.base) + block.index() * bytes));
             }
         }
-        all
+        Ok(all)
     }
 
-    fn memcpy(&self, direction: Direction, ranges: &[(usize, usize)]) {
+    /// # Safety
+    /// `ranges` are of [`unmerged`](Self::unmerged), and no job runs.
+    unsafe fn memcpy(&self, direction: Direction, ranges: &[(usize, usize)]) {
         let bytes = usize_from_u64(self.shape.range_bytes);
         for &(offset, address) in ranges {
             let device = std::ptr::with_exposed_provenance_mut::<u8>(address);
-            // SAFETY: slots and blocks are below `blocks`, or the copy thread would have refused them before: each side holds
-            // that many ranges. The copy thread has no job now, so nobody else touches either side.
+            // SAFETY: by the contract of this function both ranges lie in memory of `sides`, and nobody else touches it.
             unsafe {
                 let host = self.shard.map.base().add(offset).as_ptr();
                 match direction {
@@ -415,17 +443,17 @@ impl BenchCopies<'_> {
         bytes: u64,
         count: usize,
     ) -> Result<Option<Vec<f64>>, BenchError> {
-        let PoolMemory::Gpu(gpu) = &self.memory.pool else {
+        let PoolMemory::Gpu(gpu) = &self.sides.pool else {
             return Ok(None);
         };
-        let offset = self.memory.bytes().saturating_sub(bytes);
+        let offset = self.sides.map.bytes().saturating_sub(bytes);
         let copy = PlainCopy {
             direction,
             arena_offset: offset,
             device_offset: offset,
             bytes,
         };
-        let times = (0..count).map(|_| gpu.bench.copy(&self.memory.map, &gpu.memory, &[copy]));
+        let times = (0..count).map(|_| gpu.bench.copy(&self.sides.map, &gpu.memory, &[copy]));
         Ok(Some(times.collect::<Result<_, _>>()?))
     }
 
@@ -434,13 +462,19 @@ impl BenchCopies<'_> {
         let direction = job.0.direction();
         self.begin(&[job])?;
         let mut all = Vec::new();
-        while self.thread.in_flight() > 0 {
-            match self.small(direction, bytes, 1)? {
-                Some(times) => all.extend(times),
-                None => self.thread.wait_idle(),
+        let mut failed = None;
+        while failed.is_none() && self.thread.in_flight() > 0 {
+            match self.small(direction, bytes, 1) {
+                Ok(Some(times)) => all.extend(times),
+                Ok(None) => break,
+                Err(error) => failed = Some(error),
             }
         }
+        self.thread.wait_idle();
         self.end()?;
-        Ok(self.memory.device().map(|_| all))
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        Ok(matches!(self.sides.pool, PoolMemory::Gpu(_)).then_some(all))
     }
 }

@@ -9,8 +9,9 @@
 //! ```
 //!
 //! It works in the context that torch uses and makes none of its own, on two streams per direction: the GPU has one copy
-//! engine for each, which knows no priorities and leaves a stream only when that has run empty. Nothing is linked: a machine without a driver gets
-//! [`NoCuda`], which says why. Every driver call is in `driver`; `table` has what is called.
+//! engine for each, which knows no priorities and leaves a stream only when that has run empty. Nothing is linked: a machine
+//! without a driver gets [`NoCuda`], which says why. Every driver call is in `driver`, but for those of `workbench`, which
+//! measuring and tests need; `table` has what is called.
 
 mod codes;
 mod driver;

@@ -83,10 +83,15 @@ impl Samples {
         self.0[rank - 1]
     }
 
-    /// The middle.
+    /// The middle, or what is half way between the two that are in the middle.
     #[must_use]
     pub fn median(&self) -> f64 {
-        self.per_mille(500)
+        let middle = self.0.len() / 2;
+        if self.0.len().is_multiple_of(2) {
+            f64::midpoint(self.0[middle - 1], self.0[middle])
+        } else {
+            self.0[middle]
+        }
     }
 
     /// P50, P99, maximum and number.
@@ -230,13 +235,15 @@ mod tests {
         let samples = Samples::new((1..=200).rev().map(f64::from).collect());
         assert_eq!(
             (
-                samples.median(),
+                samples.per_mille(500),
                 samples.per_mille(990),
                 samples.per_mille(1000)
             ),
             (100.0, 198.0, 200.0)
         );
         assert_eq!(Samples::new(vec![4.0]).per_mille(990), 4.0);
+        assert_eq!(samples.median(), 100.5);
+        assert_eq!(Samples::new(vec![4.0, 1.0, 2.0]).median(), 2.0);
     }
 
     #[test]

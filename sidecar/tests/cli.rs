@@ -274,6 +274,7 @@ fn wrong_usage_and_wrong_config_end_with_2_and_name_what_is_wrong() {
             "begins with http://",
         ),
         (&["hint", "s", "tool-start"], "<TOOL>"),
+        (&["bench", "copy", "--memory", "17MiB"], "in steps of 8MiB"),
     ] {
         let output = greenroom(arguments);
         assert_eq!(code(&output), Some(2), "{arguments:?}: {output:?}");
@@ -323,6 +324,47 @@ fn faults_are_armed_from_the_command_line_or_refused_in_words() {
     assert!(stderr(&first).contains("busy"), "{first:?}");
     assert_eq!(code(&ask()), Some(0));
     drop(serving);
+}
+
+#[test]
+fn the_benchmark_of_copies_leaves_its_figures() {
+    let folder = tempfile::tempdir().unwrap();
+    let [json, svg] = ["copy.json", "copy.svg"].map(|name| folder.path().join(name));
+    let output = Command::new(env!("CARGO_BIN_EXE_greenroom"))
+        .args("bench copy --engine host --memory 16MiB --repeats 1 --seed 7".split(' '))
+        .arg("--json")
+        .arg(&json)
+        .arg("--svg")
+        .arg(&svg)
+        .env("GREENROOM_COMMIT", "a-commit")
+        .output()
+        .unwrap();
+    assert_eq!(code(&output), Some(0), "{output:?}");
+    let figures: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert_eq!(
+        (&figures["commit"], &figures["seed"]),
+        (&"a-commit".into(), &7.into())
+    );
+    let rows = figures["rows"].as_array().unwrap();
+    for way in ["h2d", "d2h", "both"] {
+        assert!(rows.iter().any(|row| row["direction"] == way), "{way}");
+    }
+    for row in rows {
+        let [gbps, plain, ratio] =
+            ["gbps", "plain_gbps", "ratio"].map(|key| row[key].as_f64().unwrap());
+        assert!(
+            gbps > 0.0 && (ratio / (gbps / plain) - 1.0).abs() < 0.05,
+            "{row}"
+        );
+        let bytes = row["range_bytes"].as_u64().unwrap() * row["ranges"].as_u64().unwrap();
+        assert!(bytes <= 8 << 20, "more than half of the memory: {row}");
+    }
+    assert_eq!(figures["bars"].as_array().unwrap().len(), 2);
+    assert!(
+        stdout(&output).lines().count() > rows.len(),
+        "a line for each row"
+    );
+    assert!(std::fs::read_to_string(&svg).unwrap().contains("h2d plain"));
 }
 
 #[test]

@@ -57,12 +57,13 @@ fn a_fence_waits_for_what_is_on_the_stream() {
             assert!(!early, "{kind:?} by {method:?}: the fence did not wait");
             let cancelled = Outcome::Cancelled;
             assert_eq!(setup.ends(), [(1, cancelled.clone()), (2, cancelled)]);
-            // Whatever is still to come comes before this one's end.
+            // Whatever is still to come on either stream comes before the end of these.
             setup.submit(3, kind, 8..9, ComputeMark::NONE);
+            setup.submit(4, kind, 10..11, ComputeMark::NONE);
             setup.thread.wait_idle();
             let intact = setup.sides.is_poisoned(kind, 0..8);
             assert!(intact, "{kind:?} by {method:?}: a late copy");
-            assert!(setup.sides.arrived(kind, 8..9));
+            assert!(setup.sides.arrived(kind, 8..9) && setup.sides.arrived(kind, 10..11));
         }
     }
 }

@@ -17,6 +17,8 @@ use crate::rig::{Engine, Factory, METHODS, arena, cells, take};
 
 const BLOCK: u64 = 64 << 10;
 const BLOCKS: usize = 64;
+/// The last ones are the followers'.
+const USED: usize = BLOCKS - 4;
 const ROUNDS: u64 = 1000;
 const POISON: u8 = 0xEE;
 
@@ -95,6 +97,10 @@ fn poison_stays_where_a_fence_has_been() {
                     sides.poison(job);
                 }
             });
+            // Whatever is still to come on any stream comes before the end of these.
+            for job in followers() {
+                thread.submit(job, ComputeMark::NONE).unwrap();
+            }
             thread.wait_idle();
             for end in thread.take_finished() {
                 match end.outcome {
@@ -129,8 +135,8 @@ fn jobs(random: &mut Random) -> Vec<Job> {
             let load = random.one_in(2);
             let mut pairs = Vec::new();
             for _ in 0..1 + random.below(16) {
-                let block = 2 * random.below(BLOCKS / 2) + usize::from(!load);
-                let slot = 2 * random.below(BLOCKS / 2) + usize::from(!load);
+                let block = 2 * random.below(USED / 2) + usize::from(!load);
+                let slot = 2 * random.below(USED / 2) + usize::from(!load);
                 if used.insert((0, block)) && used.insert((1, slot)) {
                     pairs.push((SlotId(slot as u32), GpuBlock(block as u32)));
                 }
@@ -149,6 +155,25 @@ fn jobs(random: &mut Random) -> Vec<Job> {
         })
         .filter(|job| !job.pairs.is_empty())
         .collect()
+}
+
+/// Two jobs each way, which take turns on that way's streams.
+fn followers() -> impl Iterator<Item = Job> {
+    let kinds = [
+        CopyKind::Demand,
+        CopyKind::Save,
+        CopyKind::Demand,
+        CopyKind::Save,
+    ];
+    kinds
+        .into_iter()
+        .zip(USED as u32..)
+        .map(|(kind, index)| Job {
+            id: JobId(u64::from(index)),
+            kind,
+            arena: ArenaId(1),
+            pairs: vec![(SlotId(index), GpuBlock(index))],
+        })
 }
 
 /// Both ends of the copies.

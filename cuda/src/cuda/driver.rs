@@ -1,12 +1,10 @@
-//! The CUDA driver: every call into it, and nothing else.
+//! The CUDA driver: every call into it that vLLM's process makes, and nothing else. (`workbench`, which is in no wheel, adds those
+//! that only measuring and tests need.)
 //!
 //! The library is loaded when it is asked for, so that Greenroom builds and starts where there is none. Errors are the driver's
 //! own numbers with the name of the call ([`DriverError`]). Nothing in this file panics: some of it runs on vLLM's threads.
 
-#![allow(
-    unsafe_code,
-    reason = "foreign calls are what this file is for; nothing outside of it makes any"
-)]
+#![allow(unsafe_code, reason = "foreign calls are what this file is for")]
 
 use std::error::Error as _;
 use std::ffi::{CStr, OsStr, c_int, c_uint, c_void};

@@ -54,7 +54,7 @@ pub struct CudaEngine {
     tickets: u64,
 }
 
-/// Streams of one direction, taken in turns: one for each sub-batch that the owner has outstanding. A copy engine leaves a
+/// Streams of one direction, taken in turns: as many as the sub-batches that are outstanding by default. A copy engine leaves a
 /// stream only when that has run empty, and vLLM's own small copies would wait for all of a job that keeps one stream full.
 const STREAMS: usize = 2;
 
@@ -147,6 +147,12 @@ impl CudaEngine {
     pub fn with_pieces_of(mut self, bytes: u64) -> Self {
         self.piece_bytes = bytes;
         self
+    }
+
+    /// Whether all of an attached arena is registered.
+    #[cfg(feature = "workbench")]
+    pub fn is_registered(&self, arena: ArenaId) -> bool {
+        self.arenas.get(&arena).is_some_and(Registered::is_complete)
     }
 
     /// What makes the marks that this engine's copies wait for.

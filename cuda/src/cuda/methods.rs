@@ -1,9 +1,9 @@
 //! How a list of copies is put to the driver: one by one, as one batch, or as rows a constant distance apart.
 //!
-//! What suits depends on the copies and on the driver. One call for each costs 3 µs of the copy thread and 5 µs between two of
-//! them on the GPU (an H200: 33 GB/s of 55 at 256 KiB), which only copies of many MiB hide. A batch is one call for all, and
-//! no slower at any size. Rows are one call for a block whose layers lie a constant distance apart: below 128 KiB they are
-//! faster than a batch of the same ranges (36 GB/s against 18 at 16 KiB). `benches/results/copy-h200.json` has all of it.
+//! What suits depends on the copies and on the driver. One call for each costs some 3 µs of the link as well (an H200: 35 GB/s
+//! of 55 at 256 KiB), which only copies of many MiB hide. A batch is one call for all, and faster from 32 KiB up; at 16 KiB to
+//! the GPU it is slower, 4 GB/s against 6. Rows are one call for a block whose layers lie a constant distance apart: there
+//! 16 KiB reach 36 GB/s, 64 KiB 50. `benches/results/copy-h200.json` has these figures.
 //!
 //! Planning is pure; everything else is one driver call after the other.
 

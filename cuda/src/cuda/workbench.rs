@@ -197,13 +197,14 @@ impl Workbench {
             }
         }
         let seconds = self.context.within(|| {
+            let borrowed = Borrowed(&[&self.loads, &self.saves]);
             let start = Instant::now();
             for copy in copies {
                 let stream = match copy.direction {
                     Direction::HostToDevice => &self.loads,
                     Direction::DeviceToHost => &self.saves,
                 };
-                // SAFETY: both ranges were checked, and both memories are borrowed until the copies have ended below.
+                // SAFETY: both ranges were checked, and both memories are borrowed until `borrowed` has seen the copies end.
                 unsafe {
                     stream.copy(
                         copy.direction,
@@ -218,7 +219,9 @@ impl Workbench {
             while !(self.loaded.passed()? && self.saved.passed()?) {
                 std::hint::spin_loop();
             }
-            Ok::<_, DriverError>(start.elapsed().as_secs_f64())
+            let seconds = start.elapsed().as_secs_f64();
+            drop(borrowed);
+            Ok::<_, DriverError>(seconds)
         })?;
         Ok(seconds)
     }
@@ -241,6 +244,20 @@ impl Workbench {
             unsafe { call!(self.calls, cuGraphDestroy(graph)) }
         })?;
         Ok(())
+    }
+}
+
+/// Memory that copies on these streams use and that is somebody's again when this goes.
+struct Borrowed<'a>(&'a [&'a Stream]);
+
+impl Drop for Borrowed<'_> {
+    fn drop(&mut self) {
+        for stream in self.0 {
+            if let Err(error) = stream.finish() {
+                tracing::error!(%error, "the driver does not tell whether copies have ended, and their memory is needed");
+                std::process::abort();
+            }
+        }
     }
 }
 
@@ -303,7 +320,9 @@ impl GpuMemory {
             return Ok(());
         }
         self.context.within(|| {
-            // SAFETY: the callers hold a slice of this length, to be written if it is copied to, until the stream has finished.
+            let _borrowed = Borrowed(&[&self.stream]);
+            // SAFETY: the callers hold a slice of this length, to be written if it is copied to, until `_borrowed` has seen the
+            // copy end.
             unsafe {
                 self.stream
                     .copy(direction, u64_from(host), self.base + offset, bytes)

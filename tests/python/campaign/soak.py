@@ -29,7 +29,7 @@ GENTLE = ("stop_sidecar", "stop_worker", "stop_scheduler", "exhaust_descriptors"
 JUDGED = ("sidecar", "EngineCore", "Worker")
 """Processes that Greenroom runs in. vLLM's front end is drawn and not judged."""
 GROWTH_MAX_MIB = {"sidecar": 1.0, "EngineCore": 8.0, "Worker": 8.0}
-"""Of anonymous memory over the second half, by regression, in an hour at most: what Python's heap moves by itself."""
+"""Of anonymous memory over the second half, by regression, however long it is: what Python's heap moves by itself."""
 NOISE = 2.0
 """Growth within so many standard deviations of the residuals is none."""
 GROWTH_MAX_COUNT = 1.0

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
+import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from demo.report import commit
+from demo.report import commit, machine
 from gpu import moves, sizes, swaps
 from gpu.pair import Pair, Record
 from real_vllm.rigs import PATIENT
@@ -81,6 +83,8 @@ def pair(request: pytest.FixtureRequest, record: Record) -> Iterator[Pair]:
         record(
             device=nvidia.description(),
             commit=commit(),
+            machine=machine(),
+            command=shlex.join(["pytest", *sys.argv[1:]]),
             vllm=vllm_version(here.config.version),
             greenroom=str(greenroom_binary()),
             start_s=round(time.monotonic() - began, 1),

@@ -24,8 +24,9 @@ REPORTED_S = 1.5
 """An engine reports its figures at most once a second."""
 RATIO_MAX = 1.05
 GAPS_MIN = 100
-QUIET_SHARE = 0.05
-"""Of what a period with swaps moves: so little may move in one without."""
+QUIET_SHARE = 0.1
+"""Of the bytes of the periods with swaps: those without are not free of any, for where there is room Greenroom brings
+sessions back that wait for long."""
 
 
 class Reader(threading.Thread):
@@ -112,6 +113,7 @@ def test_decoding_goes_on_beside_swaps(pair: Pair, groups: swaps.Groups, record:
     preempted = pair.rig.vllm.preemptions()
     with swaps.Swapper(pair.rig.sidecar.url, groups) as swapper:
         before, traffic_s = fetched(pair), 0.0
+        moved = {True: 0.0, False: 0.0}
         for number in range(2 * PERIODS):
             # Which one comes first alternates, too.
             traffic = number % 4 in (1, 2)
@@ -121,12 +123,12 @@ def test_decoding_goes_on_beside_swaps(pair: Pair, groups: swaps.Groups, record:
             each[traffic].append(round(percentile(made, 0.99), 3))
             # The swaps run a little longer than what is measured.
             traffic_s += (seconds + SETTLED_S) * traffic
-        moved = fetched(pair) - before
+            now = fetched(pair)
+            moved[traffic] += now - before
+            before = now
         swapped = swapper.swaps()
-        period(pair, None)
-        quiet = fetched(pair) - before - moved
     p50, p99 = (percentile(gaps[True], share) / percentile(gaps[False], share) for share in (0.5, 0.99))
-    rate = moved / traffic_s
+    rate = moved[True] / traffic_s
     record(
         itl={
             "streams": pair.sizes.streams,
@@ -134,15 +136,16 @@ def test_decoding_goes_on_beside_swaps(pair: Pair, groups: swaps.Groups, record:
             "without_swaps": {**times(gaps[False]), "p99_ms_by_period": each[False]},
             "p50_ratio": round(p50, 4),
             "p99_ratio": round(p99, 4),
-            "bytes": int(moved),
-            "bytes_in_a_period_without": int(quiet),
+            "bytes": int(moved[True]),
+            "bytes_without": int(moved[False]),
             "gb_per_s": round(rate / 1e9, 2),
             "swaps": swapped,
             "preemptions": pair.rig.vllm.preemptions() - preempted,
             "bar": f"P99 with swaps ≤ {RATIO_MAX} × without: {'met' if p99 <= RATIO_MAX else 'NOT met'}",
         }
     )
-    assert quiet <= QUIET_SHARE * moved / PERIODS, f"{quiet / 1e9:.3f} GB came back in a period without swaps"
+    quiet = moved[False] / moved[True]
+    assert quiet <= QUIET_SHARE, f"without swaps {quiet:.3f} of the bytes came back that came back with them"
     assert rate >= pair.sizes.traffic_min, f"{rate / 1e9:.3f} GB/s is no traffic"
 
 

@@ -31,6 +31,8 @@ def test_every_key_is_taken() -> None:
         "gpu_hold_ratio": 1,
         "prefetch": False,
         "layout": "engine",
+        "copy_method": "batch",
+        "copy_sub_batch_kib": 2048,
         "force": True,
     }
     settings = Settings.parse(extra)
@@ -58,6 +60,9 @@ def test_every_key_is_taken() -> None:
         ({"gpu_hold_ratio": float("nan")}, "gpu_hold_ratio"),
         ({"prefetch": "yes"}, "prefetch"),
         ({"layout": "BLNHC"}, "layout"),
+        ({"copy_method": "kernel"}, "copy_method"),
+        ({"copy_sub_batch_kib": 0}, "copy_sub_batch_kib"),
+        ({"copy_sub_batch_kib": "4MiB"}, "copy_sub_batch_kib"),
         ({"force": 1}, "force"),
     ],
 )

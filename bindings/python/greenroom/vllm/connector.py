@@ -39,6 +39,8 @@ class GreenroomConnector(KVConnectorBase_V1):  # type: ignore[misc]
             lookup_wait_ms=settings.lookup_wait_ms,
             gpu_hold_ratio=settings.gpu_hold_ratio,
             prefetch=settings.prefetch,
+            copy_method=settings.copy_method,
+            copy_sub_batch_kib=settings.copy_sub_batch_kib,
         )
         self._scheduler_side: SchedulerSide | None = None
         self._worker_side: WorkerSide | None = None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from greenroom.errors import ConfigError
 
 Layout = Literal["auto", "engine"]
+CopyMethod = Literal["auto", "single", "batch", "rows"]
 
 LOOKUP_WAIT_MS_MAX = 10_000
+COPY_SUB_BATCH_KIB_MAX = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Settings:
     """Whether KV is brought back before the request; off, it comes back with it."""
     layout: Layout = "auto"
     """``auto`` asks vLLM for a block-outermost KV layout on CUDA; ``engine`` leaves the choice to vLLM."""
+    copy_method: CopyMethod = "auto"
+    """How copies are put to a CUDA driver: ``auto`` takes what suits their sizes; the others force one way."""
+    copy_sub_batch_kib: int | None = None
+    """KiB that copies go in: what vLLM's own small copies wait for, twice; left out: what suits the link."""
     force: bool = False
     """Start on a vLLM release that Greenroom has not been tested with."""
 
@@ -57,6 +63,8 @@ class Settings:
         settings._check_numbers()
         if settings.layout not in ("auto", "engine"):
             _refuse(f"layout must be auto or engine, not {settings.layout!r}")
+        if settings.copy_method not in get_args(CopyMethod):
+            _refuse(f"copy_method must be one of {', '.join(get_args(CopyMethod))}, not {settings.copy_method!r}")
         if settings.socket is not None:
             for key in ("memory", "listen", "token_file"):
                 if getattr(settings, key) is not None:
@@ -71,11 +79,14 @@ class Settings:
         return settings
 
     def _check_numbers(self) -> None:
-        wait, ratio = self.lookup_wait_ms, self.gpu_hold_ratio
+        wait, ratio, size = self.lookup_wait_ms, self.gpu_hold_ratio, self.copy_sub_batch_kib
         if not isinstance(wait, int) or isinstance(wait, bool) or not 0 <= wait <= LOOKUP_WAIT_MS_MAX:
             _refuse(f"lookup_wait_ms must be a whole number from 0 to {LOOKUP_WAIT_MS_MAX}, not {wait!r}")
         if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 <= ratio <= 1:
             _refuse(f"gpu_hold_ratio must be a number from 0 to 1, not {ratio!r}")
+        whole = isinstance(size, int) and not isinstance(size, bool)
+        if size is not None and not (whole and 1 <= size <= COPY_SUB_BATCH_KIB_MAX):
+            _refuse(f"copy_sub_batch_kib must be a whole number from 1 to {COPY_SUB_BATCH_KIB_MAX}, not {size!r}")
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,8 @@ class EngineConfig:
     lookup_wait_ms: int
     gpu_hold_ratio: float
     prefetch: bool
+    copy_method: CopyMethod = "auto"
+    copy_sub_batch_kib: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ pub(super) struct Line {
     pub(super) points: Vec<(u64, f64)>,
 }
 
-const COLOURS: [&str; 8] = [
+const COLOURS: [&str; 12] = [
     "#15803d", "#1d4ed8", "#b91c1c", "#d97706", "#7c3aed", "#0e7490", "#be185d", "#4b5563",
+    "#65a30d", "#0f172a", "#92400e", "#38bdf8",
 ];
 const WIDTH: f64 = 860.0;
 const HEIGHT: f64 = 440.0;

@@ -3,7 +3,8 @@
 //! Three times are taken for each row, turn by turn, and the table shows medians:
 //! - the copy thread's, from handing a job over until its caller knows the end: planning, pacing and polling are in it;
 //! - a plain copy's: on a GPU one copy of as many page-locked bytes, on the host a loop of `memcpy` over the same ranges;
-//! - on a GPU what the engine takes for the whole job at once, without hand-over, pacing and the poll timer.
+//! - on a GPU what the engine takes for the whole job as one batch, which is on one stream, without hand-over, pacing and the
+//!   poll timer.
 //!
 //! Every turn takes the next window of an arena and a pool that are larger than the caches.
 
@@ -38,8 +39,10 @@ const RANGE_BYTES: [u64; 8] = [
     4 * MIB,
 ];
 const RANGE_COUNTS: [u64; 3] = [16, 256, 4096];
-/// Of one job on a GPU: 64 MiB of the smallest ranges, the largest chunk that the hooks ship.
-const RANGE_COUNT_MAX: u64 = 16_384;
+/// The largest chunk that the hooks ship.
+const CHUNK_BYTES: u64 = 64 * MIB;
+/// Of one job: a chunk of the smallest ranges.
+const RANGE_COUNT_MAX: u64 = CHUNK_BYTES / (4 * KIB);
 /// Of an engine's own copies: the tokens it has sampled, the tables of a step.
 const SMALL_BYTES: u64 = 64 * KIB;
 const SMALL_COPIES: usize = 2000;
@@ -66,7 +69,7 @@ pub(super) struct CopyArgs {
     #[arg(long, default_value_t = 0)]
     device: u32,
     /// Size of the arena and of the pool, 1GiB at most [default: 1GiB on a GPU, 256MiB on the host]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", value_parser = memory_size)]
     memory: Option<Size>,
     /// Turns of each row, at least [default: 5 on a GPU, 15 on the host]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
@@ -97,6 +100,15 @@ impl EngineName {
     }
 }
 
+fn memory_size(text: &str) -> Result<Size, String> {
+    let size: Size = text.parse().map_err(|error| format!("{error}"))?;
+    if (16 * MIB..=GIB).contains(&size.0) && size.0.is_multiple_of(8 * MIB) {
+        Ok(size)
+    } else {
+        Err("from 16MiB to 1GiB, in steps of 8MiB".to_owned())
+    }
+}
+
 pub(super) fn run(args: &CopyArgs) -> Result<(), CliError> {
     // 52 bits: what every reader of JSON can hold.
     let seed = args
@@ -119,11 +131,6 @@ pub(super) fn run(args: &CopyArgs) -> Result<(), CliError> {
         },
         |size| size.0,
     );
-    if !(16 * MIB..=GIB).contains(&bytes) || !bytes.is_multiple_of(8 * MIB) {
-        return Err(CliError::BadNews(
-            "--memory: from 16MiB to 1GiB, in steps of 8MiB".to_owned(),
-        ));
-    }
     let least = args.repeats.unwrap_or(match engine {
         EngineName::Cuda => 5,
         EngineName::Host => 15,
@@ -309,21 +316,29 @@ impl Bench {
         all
     }
 
-    /// The most ranges of one job: as many as fill half of the memory, if they are not too many.
+    /// The most ranges of one job: as many as fill half of the memory, if they are not too many. Whole blocks.
     fn most(&self, shape: &CopyShape) -> u64 {
-        (self.bytes / 2 / shape.range_bytes).min(RANGE_COUNT_MAX)
+        let ranges = (self.bytes / 2 / shape.range_bytes).min(RANGE_COUNT_MAX);
+        (ranges - ranges % u64::from(shape.layers)).max(u64::from(shape.layers))
     }
 
-    /// Numbers of ranges of one job: some fixed ones, and the most.
+    /// Numbers of ranges of one job: some fixed ones, those of the largest chunk that the hooks ship, and the most.
     fn counts(&self, shape: &CopyShape) -> Vec<u64> {
         let most = self.most(shape);
         let fits = |count: &u64| *count < most && count.is_multiple_of(u64::from(shape.layers));
-        let mut counts: Vec<u64> = RANGE_COUNTS.into_iter().filter(fits).collect();
+        let chunk = CHUNK_BYTES / shape.range_bytes;
+        let mut counts: Vec<u64> = RANGE_COUNTS
+            .into_iter()
+            .chain([chunk])
+            .filter(fits)
+            .collect();
+        counts.sort_unstable();
+        counts.dedup();
         counts.push(most);
         counts
     }
 
-    fn row(&self, copies: &mut BenchCopies<'_>, what: What) -> Result<Row, CliError> {
+    fn row(&self, copies: &mut BenchCopies, what: What) -> Result<Row, CliError> {
         let blocks = u32::try_from(what.ranges / u64::from(what.shape.layers)).unwrap_or(u32::MAX);
         let pairs = what.order.pairs(blocks, self.seed);
         let bytes = what.ranges * what.shape.range_bytes;
@@ -334,7 +349,7 @@ impl Bench {
             // Neither side is given what the other has just brought into the caches, and both get every window.
             let first = (2 * u32::try_from(turn).unwrap_or(0)) % windows;
             let second = (first + 1) % windows;
-            let turned = turn.is_multiple_of(2);
+            let turned = turn % 4 < 2;
             let jobs = what.way.jobs(&pairs, blocks, first, second);
             let others = what.way.jobs(&pairs, blocks, second, first);
             let (for_ours, for_plain) = if turned {
@@ -360,6 +375,7 @@ impl Bench {
         let moved = bytes * u64_from(what.way.directions());
         let gbps = |seconds: Vec<f64>| gbps(moved, Samples::new(seconds).median());
         Ok(Row {
+            turns,
             gbps: gbps(ours),
             plain_gbps: gbps(plain),
             unpaced_gbps: (!unpaced.is_empty()).then(|| gbps(unpaced)),
@@ -574,9 +590,10 @@ struct What {
     ranges: u64,
 }
 
-/// Decimal gigabytes per second.
+/// Decimal gigabytes per second, medians of so many turns.
 struct Row {
     what: What,
+    turns: u64,
     gbps: f64,
     plain_gbps: f64,
     unpaced_gbps: Option<f64>,
@@ -630,6 +647,7 @@ impl Row {
             "range_bytes": shape.range_bytes,
             "ranges": ranges,
             "method": method_word(engine, shape.method),
+            "turns": self.turns,
             "gbps": round(self.gbps),
             "plain_gbps": round(self.plain_gbps),
             "ratio": round(self.ratio()),
