@@ -60,7 +60,7 @@ def test_a_driver_is_found_and_let_go(tmp_path: Path) -> None:
         check=False,
     )
     assert child.returncode == 0, child.stderr
-    assert child.stdout == "streams 2, then 0\n"
+    assert child.stdout == "streams 4, then 0\n"
 
 
 def _child(folder: Path) -> None:
