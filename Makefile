@@ -59,7 +59,7 @@ install: wheel .venv/.ready ## the wheel, installed beside vLLM in .venv
 # ---- for developers
 
 .PHONY: test
-test: check check-harness install install-026 ## what CI runs: `check`, then what needs a real vLLM (40 minutes on 2 cores)
+test: check check-harness check-fuzz install install-026 ## what CI runs: `check`, then what needs a real vLLM (an hour on 2 cores)
 	.venv-026/bin/python -m pytest tests/python/unit $(PYTEST_FLAGS)
 	.venv/bin/python -m pytest tests/python $(PYTEST_FLAGS)
 
@@ -124,6 +124,11 @@ ifneq ($(NIGHTLY),)
 	RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=$(BUILT)/sanitize-address \
 	  cargo +$(NIGHTLY) test $(CARGO_FLAGS) --target $(HOST) -p greenroom-kvstore -p greenroom-cuda --lib
 endif
+
+.PHONY: check-fuzz
+check-fuzz: ## a short `make fuzz`, where there is the C++ compiler that libFuzzer is built with
+	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory fuzz SECONDS=10 SANITIZER=none; \
+	else echo "check-fuzz: left out, it wants a C++ compiler (c++)"; fi
 
 .PHONY: fuzz
 fuzz: $(CARGO_FUZZ) ## libFuzzer on everything that strangers send, SECONDS=20 on each of FUZZ_TARGETS
