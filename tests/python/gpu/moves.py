@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 
 from gpu.pair import Pair
+from gpu.sizes import Sizes
 from support.completions import Ask, Completion
 from support.flood import flood, prompt
 from support.process import wait_until
-from support.servers import Rig
+from support.servers import Rig, VllmServer
 
 FLOOD_AGENTS, FLOOD_SPARE = 3, 3
 FLOOD_LEAVES = FLOOD_AGENTS * (FLOOD_SPARE + 1)
@@ -51,7 +52,12 @@ def wait_connected(rig: Rig) -> None:
 
 def evict(pair: Pair) -> None:
     """Other agents take the whole pool, always the same ones: the arena keeps them once."""
-    flood(pair.rig.vllm, FLOOD_AGENTS, "others", max_tokens=pair.sizes.flood_answer_tokens, spare=FLOOD_SPARE)
+    take_pool(pair.rig.vllm, pair.sizes)
+
+
+def take_pool(server: VllmServer, sizes: Sizes) -> None:
+    """Some agents' requests hold all of a server's pool at one moment, but for a few blocks."""
+    flood(server, FLOOD_AGENTS, "others", max_tokens=sizes.flood_answer_tokens, spare=FLOOD_SPARE)
 
 
 def loaded(rig: Rig) -> int:
