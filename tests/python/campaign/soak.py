@@ -21,6 +21,7 @@ from campaign.runner import Campaign
 from campaign.servers import descriptors, members
 from campaign.tally import Row, Tally
 from demo.stats import percentile
+from real_vllm.harness import envelope
 from support import rest
 
 SAMPLE_S = 5.0
@@ -32,6 +33,10 @@ GROWTH_MAX_MIB = {"sidecar": 1.0, "EngineCore": 8.0, "Worker": 8.0}
 """Of anonymous memory over the second half, by regression, however long it is: what Python's heap moves by itself."""
 NOISE = 2.0
 """Growth within so many standard deviations of the residuals is none."""
+ANSWERS_KEPT = 4096
+"""Envelopes whose answers a sidecar remembers (`REMEMBERED_MAX` in `actor/hints.rs`)."""
+FULL_SHARE = 0.98
+"""Of the most slots that are ever used: from then on the arena is as full as it gets, and so is its index."""
 GROWTH_MAX_COUNT = 1.0
 """Descriptors or threads, over the second half."""
 
@@ -142,9 +147,24 @@ def series(samples: Sequence[Sample], role: str, what: str) -> list[tuple[float,
     return [(one.at, one.processes[role][what]) for one in samples if role in one.processes]
 
 
-def judge(samples: Sequence[Sample], half_s: float) -> list[Row]:
-    """What is to be said of the second half."""
+def warm(samples: Sequence[Sample], half_s: float) -> list[Sample]:
+    """The second half, from when the arena of the sidecar that lives through it is full."""
     late = [one for one in samples if one.at >= half_s]
+    most = max((one.slots.get("used", 0) for one in late), default=0)
+    return list(itertools.dropwhile(lambda one: one.slots.get("used", 0) < FULL_SHARE * most, late))
+
+
+def fill(url: str) -> None:
+    """As many hints as a sidecar remembers the answers of: what it may grow by is not to look like what it must not."""
+    for number in range(ANSWERS_KEPT):
+        body = envelope(f"fill-{number}", ("kv.prefetch", "nobody"))
+        with contextlib.suppress(rest.HttpError):
+            rest.call("POST", url + "/v1/hints", body)
+
+
+def judge(samples: Sequence[Sample], half_s: float) -> list[Row]:
+    """What is to be said of the second half, once what is bounded has reached its bounds."""
+    late = warm(samples, half_s)
     made = []
     for role in JUDGED:
         pids = {value for _, value in series(late, role, "pid")}
@@ -179,6 +199,7 @@ def run(campaign: Campaign, seed: int, minutes: float) -> tuple[list[Sample], li
             if elapsed > half_s and not half_over.is_set():
                 half_over.set()
                 half_s = elapsed
+                fill(campaign.sidecar.url)
                 continue
             done.append({"at": round(elapsed, 1), "act": str(act)})
             campaign.round(act)

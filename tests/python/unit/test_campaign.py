@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from campaign.hook_times import HookTimes, tail
 from campaign.load import HINTS, calls
 from campaign.plan import DEATH_EVERY, DEATHS, ENGINE_STOPS, SIDECAR_ACTS, draw
 from campaign.servers import Clock
-from campaign.soak import Sample, judge, trend
+from campaign.soak import Sample, judge, trend, warm
 from campaign.tally import Tally, Turn, rows
 from real_vllm.script import Signal
 
@@ -161,6 +162,13 @@ def samples(grows: dict[str, float], pids: dict[str, float] | None = None) -> li
 
 def spoilt(grows: dict[str, float], pids: dict[str, float] | None = None) -> list[str]:
     return [row.name for row in judge(samples(grows, pids), 1800) if row.ok is False]
+
+
+def test_memory_is_judged_once_the_arena_is_full() -> None:
+    made = [dataclasses.replace(one, slots={"used": min(number, 500)}) for number, one in enumerate(samples({}, None))]
+    judged = warm(made, 1800)
+    assert judged == [one for one in made if one.at >= 1800 and one.slots["used"] >= 490]
+    assert len(judged) < len([one for one in made if one.at >= 1800])
 
 
 def test_what_is_flat_is_flat() -> None:
