@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use kvstore::PageSize;
 use serde::{Deserialize, Serialize};
+use tracing_subscriber::EnvFilter;
 
 use self::memory::{HUGE_PAGE_BYTES, Memory};
 pub use self::values::{Listen, LogFormat, Pages, Size, Span, ValueError};
@@ -156,6 +157,14 @@ pub struct Config {
     pub log_format: LogFormat,
 }
 
+/// What is logged. Values of fields in it are taken literally: as patterns, which they would be, a line of dots takes minutes
+/// to be read.
+///
+/// Errors: it is neither a level nor filter directives.
+pub fn log_filter(directives: &str) -> Result<EnvFilter, tracing_subscriber::filter::ParseError> {
+    EnvFilter::builder().with_regex(false).parse(directives)
+}
+
 impl Config {
     /// Decides every field: what the settings leave open gets its default.
     ///
@@ -198,7 +207,7 @@ impl Config {
             ));
         }
         let log = settings.log.unwrap_or_else(|| "info".to_owned());
-        if tracing_subscriber::EnvFilter::try_new(&log).is_err() {
+        if log_filter(&log).is_err() {
             return Err(ConfigError::value(
                 "log",
                 "must be a level (info) or filter directives (warn,sidecar=debug)",

@@ -7,10 +7,9 @@ use std::thread;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
-use tracing_subscriber::EnvFilter;
 
 use super::CliError;
-use crate::config::{Config, Listen, LogFormat, Machine, Settings};
+use crate::config::{Config, Listen, LogFormat, Machine, Settings, log_filter};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ServeArgs {
@@ -123,7 +122,8 @@ fn stdin_closes() -> oneshot::Receiver<()> {
 
 /// Log lines go to standard error; if somebody has set up a log already (a test), theirs stays.
 fn start_log(config: &Config) {
-    let filter = EnvFilter::new(&config.log);
+    // Checked when the configuration was resolved.
+    let filter = log_filter(&config.log).unwrap_or_default();
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)

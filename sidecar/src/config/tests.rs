@@ -104,6 +104,15 @@ fn wrong_values_are_named() {
     }
 }
 
+/// A fuzzer's: as a pattern it took longer than six seconds to read.
+#[test]
+fn values_in_log_directives_are_no_patterns() {
+    let started = std::time::Instant::now();
+    let dots = ".".repeat(70);
+    log_filter(&format!("warn,sidecar[hook{{turn=_b{dots}g@}}]=trace")).unwrap();
+    assert!(started.elapsed().as_secs() < 3, "{:?}", started.elapsed());
+}
+
 #[test]
 fn an_open_address_needs_a_token() {
     let said = error("listen = \"0.0.0.0:7411\"");
