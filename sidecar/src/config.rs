@@ -158,11 +158,13 @@ pub struct Config {
 }
 
 /// What is logged. Values of fields in it are taken literally: as patterns, which they would be, a line of dots takes minutes
-/// to be read.
-///
-/// Errors: it is neither a level nor filter directives.
-pub fn log_filter(directives: &str) -> Result<EnvFilter, tracing_subscriber::filter::ParseError> {
-    EnvFilter::builder().with_regex(false).parse(directives)
+/// to be read. None if it is neither a level nor filter directives, or not ASCII: the parser panics at some other spaces.
+pub fn log_filter(directives: &str) -> Option<EnvFilter> {
+    if !directives.is_ascii() {
+        return None;
+    }
+    let filter = EnvFilter::builder().with_regex(false);
+    filter.parse(directives).ok()
 }
 
 impl Config {
@@ -207,7 +209,7 @@ impl Config {
             ));
         }
         let log = settings.log.unwrap_or_else(|| "info".to_owned());
-        if log_filter(&log).is_err() {
+        if log_filter(&log).is_none() {
             return Err(ConfigError::value(
                 "log",
                 "must be a level (info) or filter directives (warn,sidecar=debug)",

@@ -97,6 +97,7 @@ fn wrong_values_are_named() {
             "vm.nr_hugepages=512",
         ),
         ("log = \"a=b=c\"", "log must be"),
+        ("log = \"\u{a0}\u{a0}az~[\"", "log must be"),
         ("log_format = \"xml\"", "log_format"),
     ] {
         let said = error(text);
