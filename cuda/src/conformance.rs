@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use kvstore::{GpuBlock, SlotId, u64_from};
 
-use crate::device::DevicePool;
+use crate::device::{DevicePool, DeviceRegion};
 use crate::engine::{
     ArenaId, ComputeMark, CopyBatch, CopyEngine, CopyError, CopyKind, CopyRange, Direction, JobId,
     Poll, Ticket,
@@ -22,7 +22,8 @@ mod rng;
 mod world;
 
 pub(crate) use rng::Rng;
-use world::{World, arena, cells};
+use world::World;
+pub use world::{arena, cells};
 
 /// One region of the pool to build, relative to the start of the device memory.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +45,18 @@ pub struct PoolShape {
     pub regions: Vec<RegionShape>,
     /// Blocks of each region.
     pub blocks: u32,
+}
+
+impl PoolShape {
+    /// Its regions in device memory that begins at `base`.
+    pub fn regions_at(&self, base: u64) -> Vec<DeviceRegion> {
+        let regions = self.regions.iter().map(|region| DeviceRegion {
+            base: base + region.offset,
+            block_stride: region.block_stride,
+            block_bytes: region.block_bytes,
+        });
+        regions.collect()
+    }
 }
 
 /// Builds engines of one sort, each with a pool of its own.

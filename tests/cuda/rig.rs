@@ -17,12 +17,12 @@ use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use cuda::conformance::{Compute, DeviceMemory, EngineFactory, PoolShape, RegionShape, Rig};
+pub(crate) use cuda::conformance::{arena, cells};
 use cuda::{
     ArenaId, ArenaShard, ComputeMark, ComputeMarker, CopyKind, CopyLimits, CopyMethod, CopyThread,
-    CudaDevice, CudaEngine, CudaMarker, DevicePool, DeviceRegion, Direction, Job, JobId, NoCuda,
-    Outcome,
+    CudaDevice, CudaEngine, CudaMarker, DevicePool, Direction, Job, JobId, NoCuda, Outcome,
 };
-use kvstore::{ArenaFile, ArenaMap, GpuBlock, PageSize, SlotId};
+use kvstore::{ArenaMap, GpuBlock, SlotId};
 use libloading::Library;
 use parking_lot::{Mutex, MutexGuard};
 
@@ -216,14 +216,10 @@ impl Factory {
     pub(crate) fn engine(&self, shape: &PoolShape) -> Result<Engine, NoCuda> {
         let device = CudaDevice::probe_at(&library(), 0)?;
         let memory = self.driver.memory(shape.bytes);
-        let regions = shape.regions.iter().map(|region| DeviceRegion {
-            base: memory.base() + region.offset,
-            block_stride: region.block_stride,
-            block_bytes: region.block_bytes,
-        });
+        let regions = shape.regions_at(memory.base());
         // SAFETY: the regions lie in `memory`, which only the stand-in and atomics of `Memory` touch, and which the users of
         // this function keep until the engine is gone.
-        let pool = unsafe { DevicePool::new(regions.collect(), shape.blocks) };
+        let pool = unsafe { DevicePool::new(regions, shape.blocks) };
         let pool = Arc::new(pool.unwrap());
         let engine = CudaEngine::new(&device, Arc::clone(&pool), self.method)?;
         // SAFETY: tests mark the default stream.
@@ -283,19 +279,6 @@ impl Compute for DefaultStream {
     fn finish(&self) {
         self.driver.finish();
     }
-}
-
-/// An arena of whole pages.
-pub(crate) fn arena(bytes: u64) -> Arc<ArenaMap> {
-    let file = ArenaFile::create(bytes, PageSize::Base4K).unwrap();
-    let fd = file.fd().try_clone_to_owned().unwrap();
-    Arc::new(ArenaMap::map(fd, bytes).unwrap())
-}
-
-/// The arena's bytes, which the driver writes too.
-pub(crate) fn cells(map: &ArenaMap) -> &[AtomicU8] {
-    // SAFETY: the mapping is `bytes()` long and lives as long as the borrow; atomic bytes may be shared with its writers.
-    unsafe { std::slice::from_raw_parts(map.base().as_ptr().cast(), map.bytes() as usize) }
 }
 
 pub(crate) const ARENA: ArenaId = ArenaId(1);

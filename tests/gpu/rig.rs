@@ -1,19 +1,15 @@
 //! The GPU as tests hold it, and engines on it.
 
-#![allow(
-    unsafe_code,
-    reason = "a pool is described by its device addresses, and the arena is looked at"
-)]
+#![allow(unsafe_code, reason = "a pool is described by its device addresses")]
 
-use std::sync::atomic::AtomicU8;
 use std::sync::{Arc, OnceLock};
 
 use cuda::conformance::{Compute, DeviceMemory, EngineFactory, PoolShape, Rig};
+pub(crate) use cuda::conformance::{arena, cells};
 use cuda::{
     ComputeMark, ComputeMarker, CopyMethod, CudaDevice, CudaEngine, CudaMarker, DevicePool,
-    DeviceRegion, GpuMemory, Workbench,
+    GpuMemory, Workbench,
 };
-use kvstore::{ArenaFile, ArenaMap, PageSize};
 use parking_lot::{Mutex, MutexGuard};
 
 pub(crate) const METHODS: [CopyMethod; 4] = [
@@ -80,13 +76,9 @@ impl Factory {
 
     pub(crate) fn engine(&self, shape: &PoolShape) -> Engine {
         let memory = self.gpu.bench.memory(shape.bytes).unwrap();
-        let regions = shape.regions.iter().map(|region| DeviceRegion {
-            base: memory.base() + region.offset,
-            block_stride: region.block_stride,
-            block_bytes: region.block_bytes,
-        });
+        let regions = shape.regions_at(memory.base());
         // SAFETY: the regions lie in `memory`, which the users of this function keep until the engine is gone.
-        let pool = unsafe { DevicePool::new(regions.collect(), shape.blocks) };
+        let pool = unsafe { DevicePool::new(regions, shape.blocks) };
         let pool = Arc::new(pool.unwrap());
         let engine = CudaEngine::new(&self.gpu.device, Arc::clone(&pool), self.method).unwrap();
         // SAFETY: tests mark the default stream.
@@ -143,18 +135,4 @@ impl Compute for DefaultStream {
     fn finish(&self) {
         self.gpu.bench.end_compute();
     }
-}
-
-/// An arena of whole pages.
-pub(crate) fn arena(bytes: u64) -> Arc<ArenaMap> {
-    let bytes = bytes.next_multiple_of(4096);
-    let file = ArenaFile::create(bytes, PageSize::Base4K).unwrap();
-    let fd = file.fd().try_clone_to_owned().unwrap();
-    Arc::new(ArenaMap::map(fd, bytes).unwrap())
-}
-
-/// The arena's bytes, which the GPU writes too.
-pub(crate) fn cells(map: &ArenaMap) -> &[AtomicU8] {
-    // SAFETY: the mapping is `bytes()` long and lives as long as the borrow; atomic bytes may be shared with its writers.
-    unsafe { std::slice::from_raw_parts(map.base().as_ptr().cast(), map.bytes() as usize) }
 }

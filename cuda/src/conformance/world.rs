@@ -238,8 +238,12 @@ fn random_shape(rng: &mut Rng) -> PoolShape {
     }
 }
 
-/// An arena of whole pages.
-pub(super) fn arena(bytes: u64) -> Arc<ArenaMap> {
+/// An arena of whole pages, `bytes` or a little more.
+///
+/// # Panics
+/// If there is no memory for it.
+pub fn arena(bytes: u64) -> Arc<ArenaMap> {
+    let bytes = bytes.next_multiple_of(4096);
     let map = ArenaFile::create(bytes, PageSize::Base4K).map(|file| {
         let fd = file.fd().try_clone_to_owned();
         fd.map(|fd| ArenaMap::map(fd, bytes))
@@ -251,7 +255,7 @@ pub(super) fn arena(bytes: u64) -> Arc<ArenaMap> {
 }
 
 /// The arena's bytes, readable while engines copy.
-pub(super) fn cells(map: &ArenaMap) -> &[AtomicU8] {
+pub fn cells(map: &ArenaMap) -> &[AtomicU8] {
     // SAFETY: the mapping is `bytes()` long and lives as long as the borrow of `map`; atomic bytes have the size and
     // alignment of bytes, and may be shared with whoever writes the mapping.
     unsafe { std::slice::from_raw_parts(map.base().as_ptr().cast(), usize_from_u64(map.bytes())) }

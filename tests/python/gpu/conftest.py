@@ -24,7 +24,7 @@ from gpu.pair import Pair, Record
 from real_vllm.rigs import PATIENT
 from support import nvidia, rest
 from support.flood import prompt
-from support.paths import ROOT, greenroom_binary
+from support.paths import ROOT
 from support.servers import Rig, Sidecar, VllmServer, greenroom_transfer_config, vllm_version
 
 _PAIR = pytest.StashKey[Pair]()
@@ -86,7 +86,6 @@ def pair(request: pytest.FixtureRequest, record: Record) -> Iterator[Pair]:
             machine=machine(),
             command=shlex.join(["pytest", *sys.argv[1:]]),
             vllm=vllm_version(here.config.version),
-            greenroom=str(greenroom_binary()),
             start_s=round(time.monotonic() - began, 1),
             model=here.config.model,
             pool_blocks=here.config.gpu_blocks,

@@ -451,7 +451,7 @@ impl Bench {
             if order != Order::Shuffled || page != PageSize::Base4K || !whole {
                 continue;
             }
-            let (way, method) = (way.word(), self.method(shape.method));
+            let (way, method) = (way.word(), method_word(self.engine, shape.method));
             add(
                 format!("{way} {method}"),
                 false,
@@ -477,10 +477,6 @@ impl Bench {
             &caption,
             &lines,
         )
-    }
-
-    fn method(&self, method: CopyMethod) -> &'static str {
-        method_word(self.engine, method)
     }
 }
 
@@ -608,21 +604,15 @@ impl Row {
         "WAY   ORDER       PAGES  RANGE KiB  RANGES  METHOD    GB/s   PLAIN  RATIO  UNPACED\n";
 
     fn line(&self, engine: EngineName) -> String {
-        let What {
-            way,
-            order,
-            page,
-            shape,
-            ranges,
-        } = self.what;
+        let what = &self.what;
         format!(
             "{:<4}  {:<10}  {:<5}  {:>9}  {:>6}  {:<6}  {:>6.2}  {:>6.2}  {:>5.3}  {:>7}\n",
-            way.word(),
-            order.word(),
-            page_word(page),
-            shape.range_bytes / KIB,
-            ranges,
-            method_word(engine, shape.method),
+            what.way.word(),
+            what.order.word(),
+            page_word(what.page),
+            what.shape.range_bytes / KIB,
+            what.ranges,
+            method_word(engine, what.shape.method),
             self.gbps,
             self.plain_gbps,
             self.ratio(),
@@ -632,21 +622,15 @@ impl Row {
     }
 
     fn json(&self, engine: EngineName) -> Value {
-        let What {
-            way,
-            order,
-            page,
-            shape,
-            ranges,
-        } = self.what;
+        let what = &self.what;
         json!({
             "engine": engine.word(),
-            "direction": way.word(),
-            "order": order.word(),
-            "page": page_word(page),
-            "range_bytes": shape.range_bytes,
-            "ranges": ranges,
-            "method": method_word(engine, shape.method),
+            "direction": what.way.word(),
+            "order": what.order.word(),
+            "page": page_word(what.page),
+            "range_bytes": what.shape.range_bytes,
+            "ranges": what.ranges,
+            "method": method_word(engine, what.shape.method),
             "turns": self.turns,
             "gbps": round(self.gbps),
             "plain_gbps": round(self.plain_gbps),
@@ -675,7 +659,7 @@ fn registered(memory: &BenchMemory, page: PageSize) -> Result<Option<Value>, Cli
     let Some(cost) = memory.registering()? else {
         return Ok(None);
     };
-    let gib = gbps(memory.bytes(), 1.0) * 1e9 / gbps(GIB, 1.0) / 1e9;
+    let gib = gbps(memory.bytes(), 1.0) / gbps(GIB, 1.0);
     Ok(Some(json!({
         "page": page_word(page),
         "touch_s_per_gib": round(memory.touch_seconds / gib),
