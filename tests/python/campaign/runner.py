@@ -80,6 +80,8 @@ class Campaign:
         self.acts = Acts(rig, tally)
         self.ranks = len(workers(rig))
         self._floods = 0
+        self._was_reset = False
+        """Since vLLM's start: what it saves from then on is for nobody else, nor for the vLLM after it."""
 
     @property
     def sidecar(self) -> Mortal:
@@ -103,7 +105,7 @@ class Campaign:
         playing.start()
         under_way = 0
         try:
-            boot = self._boot()
+            boot, heirless = self._boot(), act.ends_vllm and self._was_reset
             under_way = self._meet_copies(act, begun, playing)
             if act.ends_vllm:
                 self.load.vllm_killed.set()
@@ -121,7 +123,7 @@ class Campaign:
                 self._restart_vllm()
                 self._find_again(act)
             self._settle(act)
-            self._check_probe(act, kept=self._boot() == boot)
+            self._check_probe(act, kept=self._boot() == boot and not heirless)
         except (ProcessFailed, rest.HttpError, OSError, AssertionError) as error:
             acted.set()
             self.tally.problems.append(f"round {act.number}, {act}: {error}")
@@ -174,6 +176,7 @@ class Campaign:
 
     def _restart_vllm(self) -> None:
         self.rig.vllm.start()
+        self._was_reset = False
         self.tally.vllm_starts += 1
         self.load.vllm_killed.clear()
 
@@ -238,7 +241,7 @@ class Campaign:
         return self.rig.vllm.metrics().sum("vllm:greenroom_timeouts_total")
 
     def _check_probe(self, act: Act, kept: bool) -> None:
-        """`kept`: the sidecar is the one from before."""
+        """`kept`: what was saved before can still be found."""
         if act.ends_vllm and act.reset:
             self._reset()
         if kept and not (act.ends_vllm and act.reset):
@@ -258,6 +261,7 @@ class Campaign:
         wait_until(
             "vLLM's consent to a reset", lambda: self.rig.vllm.reset_prefix_cache(reset_external=True), SETTLED_S
         )
+        self._was_reset = True
 
     # What is measured and proved apart from the rounds
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from support.completions import Ask
-from support.flood import FLOOD_MAX_TOKENS, at_once, flood_asks, prompt, together
+from support.flood import FLOOD_MAX_TOKENS, flood_asks, prompt, together
 from support.process import wait_until
 from support.servers import Rig, VllmServer
 
@@ -21,7 +21,7 @@ ANSWER_TOKENS = 8
 SAVED_WAIT_S = 20
 READY_WAIT_S = 10
 RELOADED_SHARE = 0.9
-"""Share of the prefix that a reactive request must have loaded; the flood may leave a few blocks."""
+"""Share of the prefix that must have come back from the arena; the flood may leave a few blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Plan:
 class Sample:
     """One measured turn.
 
-    `from_arena`: tokens that the request itself had to load, as vLLM counts them. `flooded`: since the turn before it,
-    other agents' requests held all of the pool but for a few blocks.
+    `from_arena`: tokens that the request itself had to load, as vLLM counts them. `brought_back`: tokens that were
+    loaded ahead of it since the turn before. What came from the arena, either way, had lost its place on the GPU.
     """
 
     arm: str
@@ -58,7 +58,7 @@ class Sample:
     ttft_ms: float
     cached_tokens: int
     from_arena: int = 0
-    flooded: bool = False
+    brought_back: int = 0
     ready_ms: float | None = None
     problem: str | None = None
 
@@ -81,11 +81,11 @@ class Greenroom:
         """One sample of `resident`, `reactive` or `hinted`."""
         agent = f"{arm}-{round_ % self._plan.agents}"
         self._turn(agent)
-        flooded, ready_ms = False, None
+        brought_back, ready_ms = self._brought_back(), None
         if arm == "hinted":
-            flooded, ready_ms = self._tool_wait(agent, round_)
+            ready_ms = self._tool_wait(agent, round_)
         elif arm == "reactive":
-            flooded = self._flood()
+            self._flood()
         loaded = self._loaded()
         answer = self._rig.vllm.ask(next_turn(agent, round_, self._plan))
         sample = Sample(
@@ -94,7 +94,7 @@ class Greenroom:
             ttft_ms=answer.ttft_s * 1e3,
             cached_tokens=answer.cached_tokens,
             from_arena=self._loaded() - loaded,
-            flooded=flooded,
+            brought_back=self._brought_back() - brought_back,
             ready_ms=ready_ms,
         )
         return dataclasses.replace(sample, problem=problem(sample, self._plan))
@@ -109,12 +109,12 @@ class Greenroom:
 
         wait_until(f"saving {agent}", saved, SAVED_WAIT_S)
 
-    def _tool_wait(self, agent: str, round_: int) -> tuple[bool, float]:
-        """The tool runs while others take the pool. Whether they did; milliseconds from its end to the KV's return."""
+    def _tool_wait(self, agent: str, round_: int) -> float:
+        """The tool runs while others take the pool. Milliseconds from its end to the KV's return."""
         events = f"/v1/sessions/{agent}"
         call = {"call_id": f"call-{round_}"}
         self._rig.sidecar.post(f"{events}/tool_start", {"tool": "bash", **call})
-        flooded = self._flood()
+        self._flood()
         start = time.perf_counter()
         self._rig.sidecar.post(f"{events}/tool_end", call)
 
@@ -125,17 +125,22 @@ class Greenroom:
         # If it never gets ready, the request has to load and the sample is counted as invalid.
         with contextlib.suppress(TimeoutError):
             wait_until(f"{agent} back on the GPU", ready, READY_WAIT_S, poll_s=0.002)
-        return flooded, (time.perf_counter() - start) * 1e3
+        return (time.perf_counter() - start) * 1e3
 
-    def _flood(self) -> bool:
-        """Other agents run turns that need the whole pool at one moment. Whether there was such a moment."""
+    def _flood(self) -> None:
+        """Other agents run turns that together need the whole pool."""
         plan = self._plan
         asks = flood_asks(self._rig.vllm, FLOOD_AGENTS, "flood", plan.seed, plan.flood_answer_tokens, plan.flood_spare)
-        return at_once(together(self._rig.vllm, asks))
+        together(self._rig.vllm, asks)
 
     def _loaded(self) -> int:
         """Tokens that requests found in the arena and not on the GPU, by vLLM's own count."""
         return int(self._rig.vllm.metrics().sum("vllm:external_prefix_cache_hits_total"))
+
+    def _brought_back(self) -> int:
+        """Tokens that were loaded ahead of their requests."""
+        blocks = self._rig.vllm.metrics().sum("vllm:greenroom_prefetch_blocks_total")
+        return int(blocks) * self._plan.block_size
 
 
 class Plain:
@@ -178,9 +183,12 @@ def problem(sample: Sample, plan: Plan) -> str | None:
         return None if sample.cached_tokens == 0 else f"{sample.cached_tokens} tokens were cached, not 0"
     if sample.cached_tokens != whole:
         return f"{sample.cached_tokens} tokens were cached, not {whole}"
-    if sample.arm != "resident" and not sample.flooded:
-        return "the other agents did not fill the pool at any one moment"
+    enough = RELOADED_SHARE * whole
     if sample.arm == "reactive":
-        enough = sample.from_arena >= RELOADED_SHARE * whole
-        return None if enough else f"the request loaded {sample.from_arena} of {whole} tokens: it was not evicted"
-    return f"the request still had to load {sample.from_arena} tokens" if sample.from_arena else None
+        loaded = sample.from_arena
+        return None if loaded >= enough else f"the request loaded {loaded} of {whole} tokens: it was not evicted"
+    if sample.from_arena:
+        return f"the request still had to load {sample.from_arena} tokens"
+    if sample.arm == "hinted" and sample.brought_back < enough:
+        return f"{sample.brought_back} of {whole} tokens were brought back: it was not evicted"
+    return None

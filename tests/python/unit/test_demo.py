@@ -22,8 +22,8 @@ WHOLE = PLAN.whole_prefix()
 GOOD = {
     "resident": Sample("resident", 0, 50.0, WHOLE),
     "recompute": Sample("recompute", 0, 3000.0, 0),
-    "reactive": Sample("reactive", 0, 100.0, WHOLE, from_arena=WHOLE, flooded=True),
-    "hinted": Sample("hinted", 0, 51.0, WHOLE, flooded=True, ready_ms=30.0),
+    "reactive": Sample("reactive", 0, 100.0, WHOLE, from_arena=WHOLE),
+    "hinted": Sample("hinted", 0, 51.0, WHOLE, brought_back=WHOLE, ready_ms=30.0),
 }
 
 
@@ -75,8 +75,7 @@ def test_good_samples_are_valid(arm: str) -> None:
         ("resident", {"cached_tokens": WHOLE - 32}, "cached"),
         ("resident", {"from_arena": 32}, "load"),
         ("reactive", {"from_arena": 0}, "not evicted"),
-        ("reactive", {"flooded": False}, "did not fill"),
-        ("hinted", {"flooded": False}, "did not fill"),
+        ("hinted", {"brought_back": 0}, "not evicted"),
         ("hinted", {"from_arena": 64}, "still had to load"),
     ],
 )
