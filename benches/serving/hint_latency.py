@@ -388,7 +388,8 @@ def main(options: argparse.Namespace) -> int:
     STEPS_LOG.write_bytes(b"")
     say("Starting the sidecar and vLLM with Greenroom (half a minute; more on a busy machine) …")
     # A session finds its own KV in the arena, however busy the machine is: rounds stay short.
-    with rig(WITNESSED, "256MiB", say, "hint-latency", lookup_wait_ms=10_000) as made:
+    with rig(WITNESSED, "256MiB", "hint-latency", lookup_wait_ms=10_000) as made:
+        made.vllm.wait_ready(say)
         log = Steps(STEPS_LOG)
         bench = Bench(made, log, options)
         try:

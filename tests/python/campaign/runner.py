@@ -226,13 +226,17 @@ class Campaign:
         steps.evict(self.rig, f"evict-{self._floods}")
 
     def _hits(self, act: Act) -> bool:
-        """Whether the probe comes back from the arena: nothing of it is on the GPU."""
+        """Whether all of the probe comes back from the arena."""
+        whole = PROBE_BLOCKS * steps.BLOCK
         for _ in range(PROBE_TRIES):
             self._evict()
-            late = self._late()
-            if self._ask_probe(f"after {act}").cached_tokens >= PROBE_BLOCKS * steps.BLOCK:
+            late, loaded = self._late(), steps.loaded(self.rig.vllm)
+            cached = self._ask_probe(f"after {act}").cached_tokens
+            loaded = steps.loaded(self.rig.vllm) - loaded
+            if loaded >= whole:
                 return True
-            if self._late() == late:
+            # Of one that was not found, all is computed. What of it was still on the GPU proves nothing.
+            if cached <= loaded and self._late() == late:
                 return False
         return False
 

@@ -23,9 +23,8 @@ def agent(name: str) -> Ask:
 
 def test_the_oldest_release_saves_and_reloads(engines: Engines) -> None:
     reactive, hinted = agent("reactive"), agent("hinted")
-    plain = engines.plain(OLD)
+    plain, rig = engines.both(OLD, OLD, **PATIENT)
     expected = [plain.ask(Ask(ask.prompt, ask.max_tokens)).tokens for ask in (reactive, hinted)]
-    rig = engines.greenroom(OLD, **PATIENT)
     first = [steps.first_turn(rig, ask) for ask in (reactive, hinted)]
     assert [answer.cached_tokens for answer in first] == [0, 0]
     assert [answer.tokens for answer in first] == expected

@@ -79,8 +79,8 @@ def test_answers_are_those_of_plain_vllm(
     engines: Engines, witness: audit.Follower, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     story = script.write(seed, TURNS, AUDITED.gpu_blocks)
-    told = harness.on_plain(engines.plain(PLAIN), story)
-    rig = engines.greenroom(AUDITED, **PATIENT)
+    plain, rig = engines.both(PLAIN, AUDITED, **PATIENT)
+    told = harness.on_plain(plain, story)
     preempted = rig.vllm.preemptions()
     signals = harness.Harness(rig.sidecar)
     answers = harness.on_greenroom(rig, story, told, signals)

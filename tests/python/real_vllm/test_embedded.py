@@ -66,8 +66,9 @@ def vllm(sidecar: Embedded) -> Iterator[VllmServer]:
 
 def test_vllm_brings_its_own_sidecar(engines: Engines, vllm: VllmServer, sidecar: Embedded) -> None:
     ask = steps.agent("embedded", 20)
+    vllm.launch()
     expected = steps.right(engines, ask)
-    vllm.start()
+    vllm.wait_ready()
     steps.wait_connected(sidecar)
     assert len(sidecar.pids()) == 1
     assert sidecar.get("/v1/status")["tiers"]["host"]["arena_bytes"] == 256 << 20

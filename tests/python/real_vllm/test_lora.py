@@ -30,7 +30,8 @@ def adapters() -> None:
 
 @pytest.fixture
 def rig(adapters: None, engines: Engines, witness: Follower) -> Iterator[Rig]:
-    yield engines.greenroom(AUDITED_LORA, **PATIENT)
+    _, made = engines.both(PLAIN_LORA, AUDITED_LORA, **PATIENT)
+    yield made
     assert not witness.audit().problems
 
 

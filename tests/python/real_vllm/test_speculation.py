@@ -7,7 +7,7 @@ import json
 
 from real_vllm import steps
 from real_vllm.audit import Follower
-from real_vllm.rigs import AUDITED, PATIENT
+from real_vllm.rigs import AUDITED, PATIENT, PLAIN
 from support.completions import Ask
 from support.engines import Engines
 from support.flood import prompt
@@ -19,7 +19,7 @@ ANSWER_TOKENS = 3 * steps.BLOCK
 
 
 def test_kv_comes_back_to_an_engine_that_drafts(engines: Engines, witness: Follower) -> None:
-    rig = engines.greenroom(SPECULATING, **PATIENT)
+    _, rig = engines.both(PLAIN, SPECULATING, **PATIENT)
     first = Ask(prompt("draft", steps.tokens_of(BLOCKS)), ANSWER_TOKENS, session="draft")
     answer = steps.first_turn(rig, first)
     assert [answer.tokens] == steps.right(engines, first)

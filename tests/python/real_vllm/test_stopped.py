@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from real_vllm import steps
-from real_vllm.rigs import STOCK
+from real_vllm.rigs import PLAIN, STOCK
 from support.engines import Engines
 from support.process import Process, wait_until
 from support.servers import Rig
@@ -23,7 +23,7 @@ RESUMED_S = 60
 
 @pytest.fixture
 def rig(engines: Engines) -> Rig:
-    return engines.greenroom(STOCK)
+    return engines.both(PLAIN, STOCK)[1]
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ WHOLE = BLOCKS * steps.BLOCK
 
 @pytest.fixture
 def rig(engines: Engines, witness: Follower) -> Iterator[Rig]:
-    yield engines.greenroom(AUDITED_TWO_RANKS, **PATIENT)
+    _, made = engines.both(PLAIN_TWO_RANKS, AUDITED_TWO_RANKS, **PATIENT)
+    yield made
     assert not witness.audit().problems
 
 

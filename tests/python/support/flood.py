@@ -15,6 +15,7 @@ HIGHEST_TOKEN = PRESETS["tiny"].vocab - 1
 FLOOD_MAX_TOKENS = 16
 """Long enough that all requests of a flood run, and hold their blocks, at the same time."""
 FLOODS_MAX = 5
+CANARY_BLOCKS = 2
 
 
 def prompt(name: str, tokens: int, seed: int = 0) -> list[int]:
@@ -32,16 +33,6 @@ def together(server: VllmServer, asks: Sequence[Ask], timeout_s: float = 300) ->
     """Sends all at once and waits for all of them."""
     with ThreadPoolExecutor(max(len(asks), 1)) as pool:
         return list(pool.map(lambda ask: server.ask(ask, timeout_s), asks))
-
-
-def at_once(answers: Sequence[Completion]) -> bool:
-    """Whether all of them were being decoded at one moment: then all their blocks were in use at that moment.
-
-    A request's blocks are free again when its last token is made, which its client learns a little later: so the last
-    two tokens do not count.
-    """
-    last_to_begin = max(answer.arrivals[0] for answer in answers)
-    return all(len(answer.arrivals) > 2 and answer.arrivals[-3] >= last_to_begin for answer in answers)
 
 
 def flood_asks(
@@ -68,13 +59,23 @@ def flood(
 ) -> None:
     """Other agents run turns at the same time, then a short one: whatever else was in the pool is evicted.
 
-    On a busy machine their requests may miss each other. Then they come again, each with twice as many tokens to make.
+    A canary shows it, whose turn is the last before theirs: when it comes again, the GPU has nothing of it. On a busy
+    machine the others' requests may miss each other. Then they come again, each with twice as many tokens to make.
     """
+    canary = Ask(prompt(f"{name}-canary", CANARY_BLOCKS * server.config.block_size + 1, seed), 1)
     for attempt in range(FLOODS_MAX):
-        asks = flood_asks(server, agents, f"{name}-{attempt}", seed, max_tokens << attempt, spare)
-        if at_once(together(server, asks)):
-            break
-    else:
-        raise AssertionError(f"{FLOODS_MAX} floods did not fill the pool at any one moment")
-    sweep = prompt(f"{name}-sweep", 2 * (agents * spare + 1) * server.config.block_size, seed)
-    server.ask(Ask(sweep, 1, session=f"{name}-sweep"))
+        server.ask(canary)
+        together(server, flood_asks(server, agents, f"{name}-{attempt}", seed, max_tokens << attempt, spare))
+        blocks = 2 * (agents * spare + 1)
+        sweep = prompt(f"{name}-{attempt}-sweep", blocks * server.config.block_size, seed)
+        server.ask(Ask(sweep, 1, session=f"{name}-sweep"))
+        before = gpu_hits(server)
+        server.ask(canary)
+        if gpu_hits(server) == before:
+            return
+    raise AssertionError(f"{FLOODS_MAX} floods did not evict what had come just before them")
+
+
+def gpu_hits(server: VllmServer) -> int:
+    """Tokens that requests found on the GPU, by vLLM's count."""
+    return int(server.metrics().sum("vllm:prefix_cache_hits_total"))

@@ -346,20 +346,16 @@ class Rig:
 
 @contextlib.contextmanager
 def rig(
-    config: VllmConfig,
-    memory: str = "1GiB",
-    say: Say = silent,
-    name: str = "vllm",
-    kind: type[Sidecar] = Sidecar,
-    **extra: Any,
+    config: VllmConfig, memory: str = "1GiB", name: str = "vllm", kind: type[Sidecar] = Sidecar, **extra: Any
 ) -> Iterator[Rig]:
-    """A sidecar of its own and a vLLM that uses it. `extra` goes into the connector's configuration."""
+    """A sidecar of its own and a vLLM that will use it: launched and not waited for. `extra` goes into the connector's
+    configuration."""
     with kind(memory) as sidecar:
         transfer = greenroom_transfer_config(config.connector, socket=str(sidecar.socket), **extra)
         with contextlib.ExitStack() as stack:
             vllm = VllmServer(config, transfer, name)
             stack.push(vllm.__exit__)
-            vllm.start(say)
+            vllm.launch()
             yield Rig(vllm, sidecar)
 
 

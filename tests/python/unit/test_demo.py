@@ -14,8 +14,6 @@ from demo import report
 from demo.__main__ import GPU, configuration
 from demo.arms import ARMS, Plan, Sample, problem
 from demo.stats import compare, percentile
-from support.completions import Completion
-from support.flood import at_once
 
 PLAN = Plan()
 WHOLE = PLAN.whole_prefix()
@@ -134,13 +132,3 @@ def test_nothing_measured_is_said_and_not_hidden(tmp_path: Path) -> None:
     report.write(tmp_path, content, report.chart([], ""))
     assert json.loads((tmp_path / "demo.json").read_text())["valid"] is False
     assert "NOT met" in report.table([], report.comparisons([], seed=1))
-
-
-def answer(*arrivals: float) -> Completion:
-    return Completion([1] * len(arrivals), 0.1, 1.0, 10, 0, "length", [], list(arrivals))
-
-
-def test_a_flood_counts_only_if_its_requests_ran_at_one_moment() -> None:
-    assert at_once([answer(1, 2, 3, 4), answer(2, 3, 4, 5)])
-    assert not at_once([answer(1, 2, 3, 4), answer(3, 4, 5, 6)])
-    assert not at_once([answer(1, 2), answer(1, 2)])
