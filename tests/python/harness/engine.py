@@ -144,7 +144,9 @@ def vllm_config(options: EngineOptions, socket: Path | None) -> VllmConfig:
     if options.greenroom:
         assert socket is not None, "an engine with Greenroom needs a sidecar's socket"
         transfer = KVTransferConfig(
-            **greenroom_transfer_config(socket=str(socket), **options.extra), engine_id=f"harness-{uuid.uuid4()}"
+            # Forced, for the harness also meets a release before the servers' tests can run on it.
+            **greenroom_transfer_config(socket=str(socket), force=True, **options.extra),
+            engine_id=f"harness-{uuid.uuid4()}",
         )
     config = EngineArgs(
         model=str(model_folder("tiny")),

@@ -407,7 +407,9 @@ def test_what_does_not_work_is_refused_in_a_sentence(changes: dict[str, Any], sa
     assert raised.value.code == "unsupported"
 
 
-@pytest.mark.parametrize("version", ["0.26.1", "0.31.0", "0.34.0", "0.3.2", "0.320.0", "1.0.0", "0.27.0.dev1+cpu"])
+@pytest.mark.parametrize(
+    "version", ["0.26.1", "0.31.0", "0.33.0", "0.34.0", "0.3.2", "0.320.0", "1.0.0", "0.27.0.dev1+cpu"]
+)
 def test_an_unknown_release_wants_force(version: str) -> None:
     with pytest.raises(ConfigError, match="force"):
         compat.check_config(config(), Settings(), version)

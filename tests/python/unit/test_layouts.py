@@ -17,10 +17,14 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: run it in .venv or .venv-026")
 
 import torch
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, UniformTypeKVCacheSpecs
 
 from greenroom.vllm import compat
+
+try:
+    from vllm.v1.core import kv_cache_planning as planning
+except ImportError:  # before 0.33
+    from vllm.v1.core import kv_cache_utils as planning
 
 named_layouts = pytest.mark.skipif(not compat.has_layouts(), reason="this vLLM has no named layouts, 0.32 does")
 layouts_of_026 = pytest.mark.skipif(compat.has_layouts(), reason="this vLLM plans its KV memory otherwise than 0.26")
@@ -113,7 +117,7 @@ def settings(layout: Any = None) -> Any:
 def plan(layers: Mapping[str, Any], layout: Any = None) -> Any:
     """What vLLM plans for a model of these layers: its ``KVCacheConfig``."""
     available = BLOCKS * sum(spec.page_size_bytes for spec in layers.values())
-    return kv_cache_utils.get_kv_cache_config_from_groups(settings(layout), [group(layers)], available)
+    return planning.get_kv_cache_config_from_groups(settings(layout), [group(layers)], available)
 
 
 def group(layers: Mapping[str, Any]) -> Any:
@@ -262,7 +266,7 @@ def test_026_packed_blocks(backend: Any, layers: Mapping[str, Any]) -> None:
     """vLLM packs the layers of several groups only; the memory of one is the same."""
     made = plan(layers)
     available = sum(tensor.size for tensor in made.kv_cache_tensors)
-    blocks, tensors = kv_cache_utils._get_kv_cache_config_packed(settings(), made.kv_cache_groups, available)
+    blocks, tensors = planning._get_kv_cache_config_packed(settings(), made.kv_cache_groups, available)
     assert blocks == BLOCKS
     memory = unnamed(replace(made, kv_cache_tensors=tensors), layers, backend)
     assert len(memory.regions) == 1

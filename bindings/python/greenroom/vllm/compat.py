@@ -1,6 +1,7 @@
 """Everything Greenroom knows of vLLM's insides. No other file of this package imports vLLM or torch at run time.
 
-Tested with vLLM 0.26.0 and 0.32; other releases need ``"force": true``. What differs between them:
+Tested with vLLM 0.26.0 and 0.32; other releases need ``"force": true``. Of 0.33 only the Python sources are tested
+(`make check-harness-next`); what is used here is in them as in 0.32. What differs between the two:
 
 * 0.26 has no ``Request.session_id`` and no ``kv_hints``; its KV tensors carry ``shared_by`` instead of ``layers`` and
   ``layer_stride``; a block-outermost layout is asked for with ``prefer_cross_layer_blocks``.
