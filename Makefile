@@ -61,9 +61,15 @@ install: wheel .venv/.ready ## the wheel, installed beside vLLM in .venv
 # ---- for developers
 
 .PHONY: test
-test: check check-harness check-harness-next check-fuzz install install-026 ## what CI runs: `check`, then what needs a real vLLM (an hour on 2 cores)
-	.venv-026/bin/python -m pytest tests/python/unit $(PYTEST_FLAGS)
-	.venv/bin/python -m pytest tests/python $(PYTEST_FLAGS)
+test: $(TOOLS)/.ready ## what CI runs: `check`, then what needs a real vLLM (40 minutes on 2 cores)
+	@# Installing vLLM is mostly waiting, the checks that do without it mostly computing.
+	mkdir -p $(BUILT)
+	$(MAKE) --no-print-directory venvs >$(BUILT)/venvs.log 2>&1 & venvs=$$!; trap 'kill $$venvs 2>/dev/null || true' EXIT; \
+	  $(MAKE) --no-print-directory lint check-rust check-models check-python; \
+	  wait $$venvs || { cat $(BUILT)/venvs.log; exit 1; }
+	$(MAKE) --no-print-directory check-harness check-harness-next check-fuzz install install-026
+	.venv-026/bin/python -m pytest tests/python/unit -m vllm $(PYTEST_FLAGS)
+	.venv/bin/python -m pytest tests/python -m vllm $(PYTEST_FLAGS)
 
 .PHONY: check
 check: lint check-rust check-models check-python check-schedulers ## the inner loop; vLLM is used only if it is installed

@@ -12,6 +12,8 @@ from real_vllm.rigs import AUDIT_LOG
 
 ORDER = (
     "test_audit",
+    "test_026",
+    "test_plain_servers",
     "test_answers",
     "test_pressure",
     "test_campaign",
@@ -22,7 +24,6 @@ ORDER = (
     "test_idle",
     "test_stopped",
     "test_embedded",
-    "test_026",
 )
 """Tests of one engine follow each other, and those that kill it come last: that saves starts."""
 

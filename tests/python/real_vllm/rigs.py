@@ -16,6 +16,9 @@ AUDIT_LOG = LOGS / f"audit-{os.getpid()}.jsonl"
 PLAIN = VllmConfig(gpu_blocks=100, max_model_len=2048)
 """vLLM without Greenroom, whose answers are the right ones."""
 
+OLD = dataclasses.replace(PLAIN, version="0.26")
+"""The oldest release that Greenroom supports."""
+
 AUDITED = VllmConfig(
     gpu_blocks=160,
     max_model_len=2048,

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from real_vllm import steps
-from real_vllm.rigs import PATIENT
+from real_vllm.rigs import OLD, PATIENT
 from support.completions import Ask
 from support.engines import Engines
 from support.flood import prompt
-from support.servers import VllmConfig
 
-OLD = VllmConfig(version="0.26", gpu_blocks=100, max_model_len=2048)
 BLOCKS = 20
 
 

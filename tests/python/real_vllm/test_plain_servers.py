@@ -6,10 +6,11 @@ import math
 
 import pytest
 
+from real_vllm.rigs import OLD, PLAIN
 from support.completions import Ask, Completion
 from support.engines import Engines
 from support.flood import flood, prompt
-from support.servers import VllmConfig, VllmServer
+from support.servers import VllmServer
 
 PROMPT_TOKENS = 1000
 MOVED_MIN = 1e-3
@@ -18,9 +19,9 @@ UNNOTICED_MAX = 0.1
 """Share of the blocks whose content may leave the 16 best tokens as they are."""
 
 
-@pytest.fixture(params=["0.32", "0.26"])
+@pytest.fixture(params=[OLD, PLAIN], ids=lambda config: config.version)
 def server(request: pytest.FixtureRequest, engines: Engines) -> VllmServer:
-    return engines.plain(VllmConfig(version=request.param, gpu_blocks=100, max_model_len=2048))
+    return engines.plain(request.param)
 
 
 def test_prefix_cache_hits_and_flood_evicts(server: VllmServer) -> None:
