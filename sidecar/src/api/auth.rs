@@ -70,17 +70,24 @@ pub fn check_writers(path: &Path) -> Result<(), ConfigError> {
         source,
     })?;
     let own = rustix::process::geteuid().as_raw();
-    let reason = if meta.uid() != own && meta.uid() != 0 {
-        "it belongs to another user, who can change the token"
-    } else if meta.mode() & 0o022 != 0 {
-        "other users can write to it; chmod go-w it"
+    match open_to_others(meta.uid(), meta.mode(), own) {
+        None => Ok(()),
+        Some(reason) => Err(ConfigError::Token {
+            path: path.to_owned(),
+            reason,
+        }),
+    }
+}
+
+/// Why a file of user `owner` is not only in the hands of user `own` and root, if so.
+fn open_to_others(owner: u32, mode: u32, own: u32) -> Option<&'static str> {
+    if owner != own && owner != 0 {
+        Some("it belongs to another user, who can change the token")
+    } else if mode & 0o022 != 0 {
+        Some("other users can write to it; chmod go-w it")
     } else {
-        return Ok(());
-    };
-    Err(ConfigError::Token {
-        path: path.to_owned(),
-        reason,
-    })
+        None
+    }
 }
 
 /// The text of a token file, checked; what a client sends.
@@ -178,11 +185,15 @@ mod tests {
             let error = load(mode).unwrap_err().to_string();
             assert!(error.contains("chmod go-w"), "{error}");
         }
-        load(0o600).unwrap();
-        if rustix::process::geteuid().is_root() {
-            std::os::unix::fs::chown(&path, Some(65_534), None).unwrap();
-            let error = Token::load(Some(&path)).unwrap_err().to_string();
-            assert!(error.contains("another user"), "{error}");
+    }
+
+    #[test]
+    fn a_token_file_of_another_user_is_refused() {
+        for own in [1000, 0] {
+            assert_eq!(open_to_others(own, 0o600, own), None);
+            assert_eq!(open_to_others(0, 0o600, own), None);
+            let reason = open_to_others(65_534, 0o600, own).unwrap();
+            assert!(reason.contains("another user"), "{reason}");
         }
     }
 

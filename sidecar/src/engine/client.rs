@@ -18,7 +18,7 @@ use kvstore::ArenaMap;
 use parking_lot::{Condvar, Mutex};
 
 use super::frames::{FrameError, Hello, Rising, ToEngine, ToSidecar, decode, encode};
-use super::socket::{FRAME_TIMEOUT, invalid, next_frame, read_frame};
+use super::socket::{FRAME_TIMEOUT, invalid, is_trusted, next_frame, read_frame};
 use crate::faults::Exit;
 use crate::sync::thread::{Builder, JoinHandle};
 use crate::sync::{AtomicU64, Receiver, Sender, TrySendError, bounded};
@@ -157,16 +157,18 @@ impl Shared {
 /// Whoever serves the socket is handed every saved block and says which bytes come back: this user's sidecar, or root's.
 fn check_server(stream: &UnixStream) -> io::Result<()> {
     let server = rustix::net::sockopt::socket_peercred(stream)?.uid;
-    let own = rustix::process::geteuid();
-    if server == own || server.is_root() {
+    check_user(server.as_raw(), rustix::process::geteuid().as_raw())
+}
+
+/// A sidecar of user `server`, as an engine of user `own` sees it.
+fn check_user(server: u32, own: u32) -> io::Result<()> {
+    if is_trusted(server, own) {
         return Ok(());
     }
     Err(io::Error::new(
         io::ErrorKind::PermissionDenied,
         format!(
-            "the socket is served by a process of user {}: only a sidecar of user {}, which the engine runs as, or of root is used",
-            server.as_raw(),
-            own.as_raw()
+            "the socket is served by a process of user {server}: only a sidecar of user {own}, which the engine runs as, or of root is used"
         ),
     ))
 }
@@ -208,7 +210,7 @@ impl SchedulerLink {
     }
 
     /// Both ends of the inbox, before a thread is at the other one.
-    fn pair(socket: PathBuf, hello: Hello, waker: Waker) -> (Self, Supervisor) {
+    pub(crate) fn pair(socket: PathBuf, hello: Hello, waker: Waker) -> (Self, Supervisor) {
         let shared = Shared::new();
         let (inbox_in, inbox) = bounded(INBOX_MESSAGES);
         let supervisor = Supervisor {
@@ -255,7 +257,8 @@ impl Drop for SchedulerLink {
     }
 }
 
-struct Supervisor {
+/// The other end of a [`SchedulerLink`].
+pub(crate) struct Supervisor {
     shared: Arc<Shared>,
     inbox: Sender<Inbound>,
     waker: Waker,
@@ -283,7 +286,7 @@ impl Supervisor {
         }
     }
 
-    fn deliver(&self, inbound: Inbound) -> io::Result<()> {
+    pub(crate) fn deliver(&self, inbound: Inbound) -> io::Result<()> {
         self.inbox
             .send(inbound)
             .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
@@ -337,7 +340,7 @@ impl Supervisor {
     }
 
     /// A new connection's outbox, and the frames that are put into it.
-    fn outbox(&self) -> (Outbox, Receiver<Vec<u8>>) {
+    pub(crate) fn outbox(&self) -> (Outbox, Receiver<Vec<u8>>) {
         let (sender, frames) = bounded(OUTBOX_MESSAGES);
         let outbox = Outbox {
             frames: sender,
@@ -479,3 +482,22 @@ fn attend(
 
 #[cfg(all(test, feature = "models"))]
 mod models;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_this_users_sidecar_and_roots_is_used() {
+        for own in [1000, 0] {
+            assert!(check_user(own, own).is_ok());
+            assert!(check_user(0, own).is_ok());
+            for other in [1001, 65_534, u32::MAX] {
+                let error = check_user(other, own).expect_err("another user");
+                assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+                let said = format!("a process of user {other}: only a sidecar of user {own},");
+                assert!(error.to_string().contains(&said), "{error}");
+            }
+        }
+    }
+}

@@ -20,7 +20,7 @@ use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 use super::frames::{
     HEADER_BYTES, Header, Hello, Rising, Role, ToEngine, ToSidecar, decode, encode,
 };
-use super::socket::{FRAME_TIMEOUT, invalid, send_with_descriptor};
+use super::socket::{FRAME_TIMEOUT, invalid, is_trusted, send_with_descriptor};
 use crate::actor::{Admitted, ConnectionId, Event, Handle};
 use crate::faults::{Exit, delay_task};
 use crate::seldom::Seldom;
@@ -89,18 +89,21 @@ pub async fn accept(
     }
 }
 
-/// The process behind a connection, if it is this user's or root's: it gets a writable mapping of the arena.
+/// The process behind a connection, if it may be there.
 fn trusted(stream: &UnixStream) -> io::Result<u32> {
     let peer = stream.peer_cred()?;
-    let own = rustix::process::geteuid().as_raw();
     let process = peer.pid().and_then(|pid| u32::try_from(pid).ok());
-    if peer.uid() != own && peer.uid() != 0 {
+    check_peer(process, peer.uid(), rustix::process::geteuid().as_raw())
+}
+
+/// A process of user `peer`, as a sidecar of user `own` sees it.
+fn check_peer(process: Option<u32>, peer: u32, own: u32) -> io::Result<u32> {
+    if !is_trusted(peer, own) {
         return Err(io::Error::new(
             io::ErrorKind::PermissionDenied,
             format!(
-                "process {} is of user {}: only processes of user {own}, which the sidecar runs as, and of root may connect",
+                "process {} is of user {peer}: only processes of user {own}, which the sidecar runs as, and of root may connect",
                 process.unwrap_or(0),
-                peer.uid()
             ),
         ));
     }
@@ -417,4 +420,27 @@ async fn write(mut writer: OwnedWriteHalf, mut inlet: Inlet) {
         }
     }
     writer.shutdown().await.unwrap_or_default();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_this_users_processes_and_roots_may_connect() {
+        for own in [1000, 0] {
+            assert_eq!(check_peer(Some(7), own, own).ok(), Some(7));
+            assert_eq!(check_peer(Some(7), 0, own).ok(), Some(7));
+            for other in [1001, 65_534, u32::MAX] {
+                let error = check_peer(Some(7), other, own).expect_err("another user");
+                assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+                let said = format!("process 7 is of user {other}: only processes of user {own},");
+                assert!(error.to_string().starts_with(&said), "{error}");
+            }
+        }
+        assert!(
+            check_peer(None, 1000, 1000).is_err(),
+            "nobody would see it end"
+        );
+    }
 }
