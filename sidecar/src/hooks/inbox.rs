@@ -221,3 +221,55 @@ impl SchedulerHooks {
 fn millis(ms: u32) -> Duration {
     Duration::from_millis(u64::from(ms))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::client::SchedulerLink;
+    use crate::engine::frames::{Hello, Role};
+    use crate::hooks::HooksConfig;
+    use crate::hooks::testkit::{config, given_back, late_match, step};
+
+    #[test]
+    fn what_one_step_does_not_take_in_is_taken_in_by_the_next() {
+        let HooksConfig {
+            engine,
+            rank_bytes,
+            ranks,
+            block_tokens,
+            gpu_blocks,
+            socket,
+            ..
+        } = config();
+        let hello = Hello {
+            role: Role::Scheduler,
+            engine,
+            rank_bytes,
+            ranks,
+            block_tokens,
+            gpu_blocks,
+        };
+        let (link, sidecar) = SchedulerLink::pair(socket, hello, Box::new(|| {}));
+        let (outbox, frames) = sidecar.outbox();
+        let mut hooks = SchedulerHooks::over(link, config());
+        let connected = Inbound::Connected { boot: 1, outbox };
+        sidecar.deliver(connected).expect("room in the inbox");
+        let mut leases = 0..2 * MESSAGES_MAX as u64;
+        for lease in leases.clone() {
+            sidecar
+                .deliver(late_match(lease))
+                .expect("room in the inbox");
+        }
+        // The hooks wait for it when they go.
+        drop(sidecar);
+        // Before the first lease comes the connection.
+        for taken in [MESSAGES_MAX - 1, MESSAGES_MAX, 1] {
+            assert!(hooks.pending(false), "there is more");
+            step(&mut hooks);
+            let next: Vec<u64> = leases.by_ref().take(taken).collect();
+            assert_eq!(given_back(&frames), next);
+        }
+        assert_eq!(leases.next(), None);
+        assert!(!hooks.pending(false), "all has been taken in");
+    }
+}

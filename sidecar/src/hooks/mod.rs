@@ -13,6 +13,8 @@ mod jobs;
 mod pool;
 mod saves;
 mod steps;
+#[cfg(test)]
+pub(crate) mod testkit;
 mod turns;
 mod watch;
 
@@ -581,14 +583,7 @@ mod tests {
     fn hooks() -> SchedulerHooks {
         let config = HooksConfig {
             socket: "/nonexistent/greenroom.sock".into(),
-            engine: "engine".to_owned(),
-            rank_bytes: 4096,
-            ranks: 1,
-            block_tokens: 16,
-            gpu_blocks: 8,
-            lookup_wait: Duration::ZERO,
-            hold_ratio: 0.0,
-            prefetch: Prefetch::On,
+            ..testkit::config()
         };
         SchedulerHooks::connect(config, Box::new(|| {})).expect("a thread")
     }

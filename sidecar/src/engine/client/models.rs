@@ -6,18 +6,15 @@
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Instant;
 
-use kvstore::{BlockHash, GpuBlock};
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::sync::{Condvar as Bell, Mutex as Counted};
 use shuttle::thread;
 
 use super::*;
-use crate::engine::frames::{HEADER_BYTES, Role};
-use crate::hooks::{
-    BlockUse, GpuPool, HooksConfig, Prefetch, Published, SchedulerHooks, Step, StepMode,
-};
+use crate::engine::frames::Role;
+use crate::hooks::SchedulerHooks;
+use crate::hooks::testkit::{config, given_back, late_match, step};
 
 /// Orders that each of the two schedulers tries of a model.
 const SCHEDULES: usize = 4000;
@@ -69,99 +66,15 @@ impl InputQueue {
     }
 }
 
-/// A pool in which nothing is cached: the hooks only ask how large it is.
-struct Empty;
-
-impl GpuPool for Empty {
-    fn total(&self) -> usize {
-        8
-    }
-    fn free(&self) -> usize {
-        8
-    }
-    fn lookup(&self, hashes: &[BlockHash]) -> Vec<Option<GpuBlock>> {
-        vec![None; hashes.len()]
-    }
-    fn uses(&self, _: &[GpuBlock]) -> Vec<BlockUse> {
-        unreachable!("nothing is cached")
-    }
-    fn free_list(&self, n: usize) -> Vec<Option<BlockHash>> {
-        vec![None; n]
-    }
-    fn take(&mut self, _: usize) -> Option<Vec<GpuBlock>> {
-        unreachable!("nothing is fetched")
-    }
-    fn reference(&mut self, _: &[GpuBlock]) {
-        unreachable!("nothing is cached")
-    }
-    fn release(&mut self, _: &[GpuBlock]) {
-        unreachable!("nothing was taken")
-    }
-    fn evict(&mut self, _: &[GpuBlock]) {
-        unreachable!("nothing is cached")
-    }
-    fn publish(&mut self, _: &[Published]) {
-        unreachable!("nothing was fetched")
-    }
-}
-
-fn config() -> HooksConfig {
-    HooksConfig {
-        socket: PathBuf::new(),
-        engine: "modelled".into(),
-        rank_bytes: 4096,
-        ranks: 1,
-        block_tokens: 16,
-        gpu_blocks: 8,
-        lookup_wait: Duration::ZERO,
-        hold_ratio: 0.5,
-        prefetch: Prefetch::On,
-    }
-}
-
 fn hello() -> Hello {
     Hello {
         role: Role::Scheduler,
-        engine: "modelled".into(),
+        engine: "engine".into(),
         rank_bytes: 4096,
         ranks: 1,
         block_tokens: 16,
         gpu_blocks: 8,
     }
-}
-
-/// The lease for a request that nobody knows.
-fn late_match(lease: u64) -> Inbound {
-    Inbound::Message {
-        sequence: 1,
-        message: ToEngine::Match {
-            turn: 77,
-            for_session: false,
-            session: 1,
-            lease: Some(lease),
-            slots: vec![0],
-            ttl_ms: 1000,
-        },
-        at: Instant::now(),
-    }
-}
-
-fn given_back(frames: &Receiver<Vec<u8>>) -> Vec<u64> {
-    let frames = std::iter::from_fn(|| frames.try_recv().ok());
-    let lease = |frame: Vec<u8>| match decode(&frame[HEADER_BYTES..]).unwrap() {
-        ToSidecar::Release { lease } => Some(lease),
-        _ => None,
-    };
-    frames.filter_map(lease).collect()
-}
-
-fn step(hooks: &mut SchedulerHooks) {
-    let step = Step {
-        reserve: 0,
-        handed_out: 0,
-        mode: StepMode::Idle,
-    };
-    assert_eq!(hooks.plan(step, &mut Empty, Instant::now()), None);
 }
 
 type Deliver = fn(&Supervisor, Inbound) -> io::Result<()>;
