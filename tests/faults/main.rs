@@ -7,6 +7,7 @@
 mod deaths;
 mod scenarios;
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use greenroom_tests::child;
@@ -22,16 +23,30 @@ fn child_greenroom() {
 }
 
 /// Points that lie where these tests do not come, and the tests that go there.
-const ELSEWHERE: &[(&str, &str)] = &[
+const ELSEWHERE: &[(&str, Elsewhere)] = &[
     (
         "mover::submit::report_early",
-        "tests/python/harness: test_the_harness_catches",
+        Elsewhere {
+            file: "tests/python/harness/test_harness.py",
+            test: "def test_the_harness_catches(",
+        },
     ),
     ("thread::submit::skip_wake", MODELS),
     ("thread::fence::skip_wait", MODELS),
     ("owner::settle::skip_wake", MODELS),
 ];
-const MODELS: &str = "cuda/src/models.rs: broken_variants_are_caught";
+const MODELS: Elsewhere = Elsewhere {
+    file: "cuda/src/models.rs",
+    test: "fn broken_variants_are_caught(",
+};
+
+/// A test that is none of this binary's.
+struct Elsewhere {
+    /// In the workspace. It names the point, too.
+    file: &'static str,
+    /// How the test's definition begins.
+    test: &'static str,
+}
 
 macro_rules! points {
     ($($test:ident: $point:literal, $scenario:expr;)*) => {
@@ -91,6 +106,18 @@ fn every_point_has_a_test() {
         );
     }
     assert_eq!(HERE.len() + ELSEWHERE.len(), POINTS.len());
+}
+
+/// Whether those tests fail without their point is theirs to show; here a rename must not leave a point without one.
+#[test]
+fn tests_elsewhere_are_where_they_are_said_to_be() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    for (point, Elsewhere { file, test }) in ELSEWHERE {
+        let code = std::fs::read_to_string(root.join(file)).unwrap_or_default();
+        assert!(code.contains(test), "{point}: {file} has no `{test}`");
+        let quoted = format!("\"{point}\"");
+        assert!(code.contains(&quoted), "{file} does not name {point}");
+    }
 }
 
 /// One at a time, where all share a process.
