@@ -9,6 +9,7 @@ use std::time::Instant;
 use greenroom_tests::engine::{Engine, Options, chain};
 use greenroom_tests::sidecar::{Sidecar, until};
 use serde_json::json;
+use sidecar::engine::frames::CopyClass;
 use sidecar::hooks::{GpuPool, Holders, LOAD_STEPS_MAX, Match, Prefetch, StepMode};
 
 const MEMORY: &str = "4MiB";

@@ -56,6 +56,8 @@ pub struct Engine {
     /// Stops and resumes the copies.
     pub switch: HostSwitch,
     workers: Workers,
+    /// The last step's.
+    pub plan: StepPlan,
     loaded: Vec<String>,
     invalid: Vec<GpuBlock>,
     requests: u32,
@@ -167,6 +169,7 @@ impl Engine {
             pool: SimPool::new(blocks),
             switch: workers[0].switch.clone(),
             workers,
+            plan: StepPlan::default(),
             loaded: Vec::new(),
             invalid: Vec::new(),
             requests: 0,
@@ -194,10 +197,10 @@ impl Engine {
             mode: self.mode,
         };
         let plan = self.hooks.plan(step, &mut self.pool, Instant::now());
-        let plan = plan
+        self.plan = plan
             .map(|bytes| StepPlan::decode(&bytes).unwrap())
             .unwrap_or_default();
-        self.workers.begin(&plan);
+        self.workers.begin(&self.plan);
         self.workers.end();
         let loads = self.workers.collect(&mut self.hooks, &mut self.pool);
         self.loaded.extend(loads.ended);

@@ -98,11 +98,8 @@ fn pins_last_until_an_operator_breaks_them() {
     assert_eq!(sidecar.hint("kv.unpin", "a", "unpin")["outcome"], "missing");
 }
 
-/// A request of session "a" that a hit waits for, and its holders: no seat is free.
-fn kept_waiting(sidecar: &Sidecar, engine: &mut Engine) -> Holders {
-    let mine = session(40, 1);
-    turn_and_save(engine, sidecar, "a", &mine);
-    evict(engine, &mine);
+/// Returns when no copy is in flight or asked for.
+fn nothing_is_left_to_save(sidecar: &Sidecar, engine: &mut Engine) {
     until("nothing is left to save", || {
         engine.settle();
         let before = engine.hooks.figures().saved_blocks;
@@ -113,6 +110,14 @@ fn kept_waiting(sidecar: &Sidecar, engine: &mut Engine) -> Holders {
         engine.hooks.figures().saved_blocks == before
             && status["tiers"]["host"]["slots_leased"] == 0
     });
+}
+
+/// A request of session "a" that a hit waits for, and its holders: no seat is free.
+fn kept_waiting(sidecar: &Sidecar, engine: &mut Engine) -> Holders {
+    let mine = session(40, 1);
+    turn_and_save(engine, sidecar, "a", &mine);
+    evict(engine, &mine);
+    nothing_is_left_to_save(sidecar, engine);
     engine
         .hooks
         .turn_started("r", Some("a"), &mine, Instant::now());
@@ -282,4 +287,70 @@ fn a_fetch_does_not_evict_what_is_still_to_be_saved() {
         engine.step();
         engine.pool.leading(&mine) == 60
     });
+}
+
+/// Most blocks of one chunk, where blocks are as small as here.
+const CHUNK_BLOCKS: usize = 128;
+
+/// A step, and the blocks of the fetch that it ships: one at most, and none while another is in flight.
+fn step_of_fetches(engine: &mut Engine) -> usize {
+    let in_flight = engine.hooks.copies_in_flight();
+    engine.step();
+    let plan = &engine.plan;
+    assert!(plan.saves.is_empty(), "what is in flight is a fetch");
+    let blocks: Vec<usize> = plan.loads.iter().map(|job| job.pairs.len()).collect();
+    let most = usize::from(!in_flight);
+    assert!(blocks.len() <= most, "{blocks:?}, in flight: {in_flight}");
+    assert!(plan.loads.iter().all(|job| job.kind == CopyClass::Prefetch));
+    blocks.into_iter().sum()
+}
+
+/// A request that runs finds at most one chunk of a fetch between it and what it needs the link, or the blocks, for: a step
+/// ships one fetch at most, of a chunk at most, whoever waits for how much, and none before every rank has reported the end
+/// of the one before.
+#[test]
+fn a_running_request_waits_for_one_chunk_at_most() {
+    let sidecar = Sidecar::start("16MiB");
+    let options = Options {
+        // Other traffic takes the whole pool.
+        hold_ratio: 0.0,
+        ..Options::default()
+    };
+    let mut engine = Engine::connect(sidecar.socket(), "e", 2000, options);
+    let waiting = [1, 2, 3].map(|id| session(500, id));
+    let name = |id: usize| format!("s{id}");
+    for (id, chain) in waiting.iter().enumerate() {
+        turn_and_save(&mut engine, &sidecar, &name(id), chain);
+    }
+    engine.flood(7, 2500);
+    assert!(waiting.iter().all(|chain| engine.pool.leading(chain) == 0));
+    nothing_is_left_to_save(&sidecar, &mut engine);
+    let runs = engine.pool.take_to_compute(100).unwrap();
+    engine.reserve = 50;
+    engine.switch.hold();
+    for id in 0..waiting.len() {
+        let path = format!("/v1/sessions/{}", name(id));
+        sidecar.post(&format!("{path}/tool_start"), &json!({"tool": "bash"}));
+        sidecar.post(&format!("{path}/tool_end"), &json!({}));
+    }
+    let mut fetched = 0;
+    until("the first chunk is shipped", || {
+        fetched = step_of_fetches(&mut engine);
+        fetched > 0
+    });
+    assert_eq!(fetched, CHUNK_BLOCKS);
+    for _ in 0..100 {
+        assert_eq!(step_of_fetches(&mut engine), 0, "one is in flight");
+    }
+    engine.switch.release();
+    until("all are back", || {
+        let blocks = step_of_fetches(&mut engine);
+        assert!(blocks <= CHUNK_BLOCKS, "{blocks} blocks at once");
+        fetched += blocks;
+        waiting
+            .iter()
+            .all(|chain| engine.pool.leading(chain) == 500)
+    });
+    assert_eq!(fetched, 3 * 500);
+    engine.pool.release(&runs);
 }
