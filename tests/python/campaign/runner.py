@@ -77,7 +77,7 @@ class Campaign:
     def __init__(self, rig: Rig, load: Load, witness: Follower, tally: Tally, say: Say) -> None:
         self.rig, self.load, self.witness, self.tally, self._say = rig, load, witness, tally, say
         self.hooks = HookTimes()
-        self.acts = Acts(rig, tally)
+        self.acts = Acts(rig, tally, witness)
         self.ranks = len(workers(rig))
         self._floods = 0
         self._was_reset = False
@@ -187,31 +187,38 @@ class Campaign:
             self.tally.found_s.setdefault(act.name, []).append(time.monotonic() - start)
 
     def _settle(self, act: Act) -> None:
-        """No slot drains any more, and every used one is explained by a save that has ended."""
+        """No slot drains any more, and every used one is explained by a save that has ended.
+
+        Of the other side, saves that ended well and fill no slot, there is no bound to judge by: that is right for what
+        was too late for its lease, reset or retired meanwhile, or whose engine died before it could say so, and the
+        sidecar does not count these blocks. The summary does. Of blocks that were kept and are lost the probe tells.
+        """
         wait_until("the end of copies", lambda: self.witness.audit().running() == 0, SETTLED_S)
         try:
             wait_until("the return of draining slots", lambda: self.acts.slots("draining") == 0, DRAINED_S)
         except TimeoutError as error:
             self.tally.slots_left += self.acts.slots("draining")
             self.tally.problems.append(f"{act}: {error}")
-        over = 0
+        boot, over = int(self._boot(), 16), 0
+
+        def counts() -> tuple[int, int]:
+            evicted = self.sidecar.metrics().sum("greenroom_evicted_blocks_total")
+            return self.witness.audit().saved_by_boot[boot], int(evicted)
 
         def explained() -> bool:
             nonlocal over
-            over = self._unexplained()
-            return over <= 0
+            before, used = counts(), self.acts.slots("used")
+            if counts() != before:
+                return False
+            saved, evicted = before
+            over = self.tally.unexplained(boot, saved - evicted, used)
+            return over == 0
 
         try:
             wait_until("an explanation of every used slot", explained, SETTLED_S)
         except TimeoutError:
             self.tally.slots_over = max(self.tally.slots_over, over)
             self.tally.problems.append(f"{act}: {over} slots are used and no save that ended filled them")
-
-    def _unexplained(self) -> int:
-        """Used slots beyond the blocks that were saved to this sidecar and not evicted."""
-        evicted = self.sidecar.metrics().sum("greenroom_evicted_blocks_total")
-        saved = self.witness.audit().saved_by_boot[int(self._boot(), 16)]
-        return self.acts.slots("used") - (saved - int(evicted))
 
     # Hits
 

@@ -128,6 +128,15 @@ def limit(pid: int, what: int, most: int) -> tuple[int, int]:
     return before
 
 
+def is_stopped(pid: int) -> bool:
+    """All of its threads, by a signal."""
+    try:
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except FileNotFoundError:
+        return False  # A thread has just ended: the others still run.
+    return all(stat.rpartition(")")[2].split()[0] in "tT" for stat in stats)
+
+
 def address_space(pid: int) -> int:
     """Bytes."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])

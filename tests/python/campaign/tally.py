@@ -18,6 +18,8 @@ HOOK_OVER_US = 1000.0
 WAIT_LIMIT_MS = 50.0
 """`lookup_wait_ms`, as users have it: what a request may wait for a sidecar that does not answer."""
 WAIT_OVER_MS = 1.0
+OUTLIVED_AFTER = 2
+"""After so many schedulers that were killed beside a stopped worker, one of them must have been killed mid-copy."""
 
 
 @dataclasses.dataclass
@@ -52,10 +54,14 @@ class Tally:
     """Seconds from a sidecar's or an engine's start to the two knowing each other, by act."""
     hits: Counter[str] = dataclasses.field(default_factory=Counter)
     """Probes that came back from the arena, by act; the others are problems."""
+    outlived: int = 0
+    """Schedulers killed while a stopped worker had copies under way, whose slots were watched until it was gone."""
     vllm_starts: int = 0
     sidecar_starts: int = 0
     slots_over: int = 0
     """Used slots that no finished save explains."""
+    not_kept: Counter[int] = dataclasses.field(default_factory=Counter)
+    """Blocks of saves that ended well and were not published all the same, by start of a sidecar."""
     slots_left: int = 0
     """Slots leased or draining when nothing was going on any more."""
     running_ms: list[float] = dataclasses.field(default_factory=list)
@@ -71,6 +77,16 @@ class Tally:
     lingered: int = 0
     """Deaths of a process after which vLLM did not end by itself."""
     problems: list[str] = dataclasses.field(default_factory=list)
+
+    def unexplained(self, boot: int, stored: int, used: int) -> int:
+        """Used slots of this start of a sidecar that no save explains; `stored`: blocks saved there and not evicted.
+
+        All figures are of one moment. A block that was once not kept explains no slot later on: without that, each of
+        them would hide a leak.
+        """
+        not_kept = stored - used
+        self.not_kept[boot] = max(self.not_kept[boot], not_kept)
+        return self.not_kept[boot] - not_kept
 
     def cost_ms(self) -> tuple[float, float, float]:
         """What a new request pays for a stopped sidecar: the median over pairs, and its 95 % interval."""
@@ -99,10 +115,16 @@ def rows(tally: Tally, hooks: HookTimes) -> list[Row]:
     wrong, hung, failed = len(tally.difference.wrong), len(tally.hung), len(tally.failed)
     own_us, all_us = hooks.own_us(0.001), hooks.all_us(0.001)
     ties = len(tally.difference.near_ties)
+    beside = tally.acts["stop_worker_kill_scheduler"]
     made = [
         Row("rounds", str(tally.acts.total())),
         *(Row(f"  {name.replace('_', ' ')}", _act(tally, name)) for name in sorted(tally.acts)),
         Row("copies under way at the acts", str(tally.copies), tally.copies > 0),
+        Row(
+            "schedulers killed beside a stopped worker, mid-copy: its slots were watched",
+            f"{beside}, {tally.outlived}",
+            tally.outlived > 0 if beside >= OUTLIVED_AFTER else None,
+        ),
         Row("starts of a sidecar, of vLLM", f"{tally.sidecar_starts}, {tally.vllm_starts}"),
         Row("sidecars that died for want of memory", str(tally.died_of_memory)),
         Row("vLLM had to be killed after a death", str(tally.lingered)),
@@ -114,6 +136,7 @@ def rows(tally: Tally, hooks: HookTimes) -> list[Row]:
         Row(
             "leaked slots: unexplained, leased or draining", f"{tally.slots_over}, {tally.slots_left}", not leaks(tally)
         ),
+        Row("blocks saved and not kept (too late, reset or retired meanwhile)", str(tally.not_kept.total())),
         Row("found again after, s (P50, longest)", f"{percentile(found, 0.5):.2f}, {max(found, default=0):.2f}"),
         Row("tool events and hints, by status", str(dict(sorted(tally.told.items()))), five_hundreds == 0),
         Row(

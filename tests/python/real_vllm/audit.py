@@ -57,8 +57,8 @@ class Audit:
     problems: list[str] = dataclasses.field(default_factory=list)
     spans: dict[tuple[str, int], tuple[float, float]] = dataclasses.field(default_factory=dict)
     """When each job of each engine was planned and when it was reported: never, if the engine died first."""
-    open: set[tuple[str, int]] = dataclasses.field(default_factory=set)
-    """Jobs that have been planned and not been reported."""
+    open: dict[tuple[str, int], list[Slot]] = dataclasses.field(default_factory=dict)
+    """Jobs that have been planned and not been reported, with the slots that they copy from or to."""
     saved_by_boot: Counter[int] = dataclasses.field(default_factory=Counter)
     """Blocks saved to each start of a sidecar."""
 
@@ -73,6 +73,10 @@ class Audit:
         if at is None:
             return len(self.open)
         return sum(start <= at < end for start, end in self.spans.values())
+
+    def copied(self, boot: int) -> set[int]:
+        """Slots of this start of a sidecar that copies under way may touch."""
+        return {slot for slots in self.open.values() for of, slot in slots if of == boot}
 
     def bury(self) -> None:
         """The engine is dead: what it had not reported will never be."""
@@ -119,7 +123,7 @@ class _Judge:
         elif event == "planned":
             slots = [(record["boot"], slot) for slot in record["slots"]]
             self.audit.spans[name] = (at, math.inf)
-            self.audit.open.add(name)
+            self.audit.open[name] = slots
             self.jobs[name] = _Job(record["kind"], slots, record["hashes"], record["ranks"])
             if record["kind"] == "save":
                 for slot in slots:
@@ -139,7 +143,7 @@ class _Judge:
     def _ended(self, name: tuple[str, int], at: float, job: _Job) -> None:
         """The last rank has reported."""
         self.audit.spans[name] = (self.audit.spans[name][0], at)
-        self.audit.open.discard(name)
+        self.audit.open.pop(name, None)
         if job.kind != "prefetch" or not job.ok:
             # A prefetch that ended well is published afterwards.
             del self.jobs[name]

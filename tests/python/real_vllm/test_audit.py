@@ -132,6 +132,15 @@ def test_what_was_running_at_a_time_is_known_afterwards() -> None:
     assert [audit.running(9.5), audit.running(10.0), audit.running(11.9), audit.running(12.0)] == [0, 1, 1, 0]
 
 
+def test_the_slots_of_copies_under_way_are_known() -> None:
+    half, other = saved(1, [3, 4], ["a", "b"], ["x", "y"])[:2], loaded(2, [4, 5], ["b", "c"], ["y", "z"])[:1]
+    elsewhere = [{**loaded(3, [6], ["d"], ["u"])[0], "boot": 2}]
+    audit = judged(half, other, elsewhere, loaded(4, [7], ["e"], ["v"]))
+    assert (audit.copied(1), audit.copied(2), audit.running()) == ({3, 4, 5}, {6}, 3)
+    audit.bury()
+    assert audit.copied(1) == set()
+
+
 def test_turns_are_found_by_the_name_their_client_gave() -> None:
     requests = [record("request", id=f"cmpl-turn{n}-0-8f", hashes=["a"]) for n in (1, 11)]
     audit = judge([*requests, {**record("finished", id="cmpl-turn11-0-8f", aborted=True), "at": 2.0}])

@@ -6,22 +6,26 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from campaign import chart, soak
+from campaign.acts import Acts
 from campaign.hook_times import HookTimes, tail
 from campaign.load import HINTS, calls
 from campaign.plan import DEATH_EVERY, DEATHS, ENGINE_STOPS, SIDECAR_ACTS, draw
 from campaign.servers import Clock
 from campaign.soak import Sample, judge, trend, warm
-from campaign.tally import Tally, Turn, rows
+from campaign.tally import OUTLIVED_AFTER, Tally, Turn, rows
+from real_vllm.audit import Audit
 from real_vllm.script import Signal
 
 SURVIVED = SIDECAR_ACTS + ENGINE_STOPS
@@ -95,6 +99,68 @@ def test_slots_that_are_left_are_leaks(tmp_path: Path) -> None:
     tally = fine()
     tally.slots_left = 1
     assert len(wrong(tally, written(tmp_path / "hooks"))) == 1
+
+
+def test_a_leak_is_not_hidden_by_what_was_not_kept() -> None:
+    tally = Tally()
+    assert tally.unexplained(boot=1, stored=50, used=54) == 4, "not saved yet, or leaked"
+    assert tally.unexplained(boot=1, stored=54, used=54) == 0
+    assert tally.unexplained(boot=1, stored=90, used=60) == 0, "30 were too late"
+    assert tally.unexplained(boot=1, stored=90, used=61) == 1
+    assert tally.unexplained(boot=2, stored=10, used=11) == 1
+    assert tally.not_kept.total() == 30
+
+
+def test_a_scheduler_must_have_died_mid_copy(tmp_path: Path) -> None:
+    tally = fine()
+    tally.acts["stop_worker_kill_scheduler"] = OUTLIVED_AFTER - 1
+    assert wrong(tally, written(tmp_path / "hooks")) == []
+    tally.acts["stop_worker_kill_scheduler"] = OUTLIVED_AFTER
+    (row,) = wrong(tally, written(tmp_path / "hooks"))
+    assert "mid-copy" in row
+    tally.outlived = 1
+    assert wrong(tally, written(tmp_path / "hooks")) == []
+
+
+class StoppedEngine:
+    """What `Acts` sees of a stopped engine: its copies, which there are when it is stopped again, and the sidecar."""
+
+    def __init__(self, kept: int, copied: list[int]) -> None:
+        self.audits = itertools.chain(
+            [Audit()], itertools.repeat(Audit(open={("e", 1): [(5, slot) for slot in copied]}))
+        )
+        self.host = {"slots_leased": kept - 1, "slots_draining": 1}
+
+    def audit(self) -> Audit:
+        return next(self.audits)
+
+    def get(self, path: str) -> Any:
+        return {"boot_id": "5", "engines": [], "tiers": {"host": self.host}}
+
+
+@pytest.mark.parametrize(
+    ("kept", "copied", "problems", "outlived"), [(2, [3, 4], 0, 1), (1, [3, 4], 1, 1), (1, [], 0, 0)]
+)
+def test_slots_are_watched_that_a_stopped_worker_may_copy(
+    kept: int, copied: list[int], problems: int, outlived: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (act,) = [
+        act for act in itertools.islice(draw(3, death_every=1), len(DEATHS)) if act.name.startswith("stop_worker")
+    ]
+    seen: Any = StoppedEngine(kept, copied)
+    worker, core = pair = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    monkeypatch.setattr("campaign.acts.scheduler", lambda _: core.pid)
+    monkeypatch.setattr("campaign.acts.MID_COPY_S", 0.2)
+    monkeypatch.setattr(Acts, "_worker", lambda *_: worker.pid)
+    monkeypatch.setattr(Acts, "_sidecar", seen)
+    tally = Tally()
+    try:
+        Acts(seen, tally, seen).do(dataclasses.replace(act, seconds=0))
+        assert [process.wait(10) for process in pair] == [-signal.SIGKILL] * 2
+    finally:
+        for process in pair:
+            process.kill()
+    assert (len(tally.problems), tally.outlived) == (problems, outlived)
 
 
 def test_slow_hooks_are_noticed(tmp_path: Path) -> None:
