@@ -56,15 +56,9 @@ def run_faults(options: argparse.Namespace, engines: Engines, witness: Follower,
     for ranks, rounds, death_every in ((1, options.rounds - two, DEATH_EVERY), (2, two, TWO_RANKS_DEATH_EVERY)):
         if not rounds or time.monotonic() > until:
             continue
-        campaign = prepare(engines, witness, tally, say, options.seed, ranks)
-        for act in itertools.islice(draw(options.seed + ranks, death_every=death_every), rounds):
-            if time.monotonic() > until:
-                break
-            campaign.round(act)
-        if ranks == 1:
-            campaign.measure_stopped()
-            campaign.change_weights()
-        campaign.last()
+        acts = itertools.islice(draw(options.seed + ranks, death_every=death_every), rounds)
+        in_time = itertools.takewhile(lambda _: time.monotonic() <= until, acts)
+        prepare(engines, witness, tally, say, options.seed, ranks).run(in_time)
 
 
 def run_soak(

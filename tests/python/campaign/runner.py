@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 
 from campaign.acts import Acts, stopped
 from campaign.hook_times import HookTimes
@@ -274,6 +275,15 @@ class Campaign:
         )
         self._was_reset = True
 
+    def run(self, acts: Iterable[Act]) -> None:
+        """A round for each act, then what is measured and proved apart from them, which one rank is enough for."""
+        for act in acts:
+            self.round(act)
+        if self.ranks == 1:
+            self.measure_stopped()
+            self.change_weights()
+        self.last()
+
     # What is measured and proved apart from the rounds
 
     def measure_stopped(self) -> None:
@@ -329,4 +339,3 @@ class Campaign:
             self.tally.slots_left += self.acts.slots("leased", "draining")
             self.tally.problems.append(f"at the end: {error}")
         self.tally.problems += self.witness.audit().problems
-        self.hooks.read()

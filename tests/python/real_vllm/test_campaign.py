@@ -6,17 +6,20 @@ import itertools
 
 import pytest
 
-from campaign.plan import DEATHS, SIDECAR_ACTS, draw
+from campaign.hook_times import HookTimes
+from campaign.plan import DEATHS, ENGINE_STOPS, SIDECAR_ACTS, draw
 from campaign.runner import Failed, prepare
 from campaign.servers import SITE
 from campaign.tally import Tally, rows, table, wrongs
 from real_vllm.audit import Follower
 from support.engines import Engines
 
-DEATH_EVERY = 6
+DEATHS_HERE = 2
+"""Each costs a start of vLLM."""
+ROUNDS = len(SIDECAR_ACTS + ENGINE_STOPS) + DEATHS_HERE
+"""Everything that vLLM survives, and these."""
+DEATH_EVERY = ROUNDS // DEATHS_HERE
 """Rounds from one death of vLLM to the next."""
-ROUNDS = 2 * DEATH_EVERY
-"""Everything that can happen to the sidecar, and two deaths of vLLM."""
 KILLS = {*DEATHS, *(act for act in SIDECAR_ACTS if act.startswith("kill"))}
 
 
@@ -31,20 +34,16 @@ def test_deaths_and_shortages_cost_no_answer(
             print(f"  {line}", flush=True)
 
     tally = Tally()
-    campaign = prepare(engines, witness, tally, say, seed)
     try:
-        for act in itertools.islice(draw(seed, SIDECAR_ACTS, DEATH_EVERY), ROUNDS):
-            campaign.round(act)
-        campaign.measure_stopped()
-        campaign.change_weights()
-        campaign.last()
+        acts = itertools.islice(draw(seed, death_every=DEATH_EVERY), ROUNDS)
+        prepare(engines, witness, tally, say, seed).run(acts)
     except Failed:
         pass  # It has said why.
-    made = rows(tally, campaign.hooks)
+    made = rows(tally, HookTimes().read())
     say("\n  ".join(table(made).splitlines()))
     assert not wrongs(tally)
     assert tally.acts.total() == ROUNDS
-    assert {*SIDECAR_ACTS} < {*tally.acts}
+    assert {*SIDECAR_ACTS, *ENGINE_STOPS} < {*tally.acts}
     alone = [act for act in KILLS if tally.mid_copy[act] < tally.acts[act]]
     assert len(alone) <= 1, f"copies were to be under way at {alone}"
     assert not [row for row in made if row.ok is False and not row.timed]
