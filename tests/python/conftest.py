@@ -31,6 +31,7 @@ def engines(request: pytest.FixtureRequest) -> Iterator[Engines]:
     request.config.stash[_ENGINES] = shared
     yield shared
     shared.close()
+    assert not shared.wrongly_said
 
 
 @pytest.hookimpl(wrapper=True)

@@ -119,9 +119,10 @@ def main() -> int:
         else:
             more = run_soak(options, engines, witness, tally, content)
     except Failed:
-        more = [Row("it could not go on", tally.problems[-1], False)]
+        more = [Row("it could not go on", wrongs(tally)[-1], False)]
     finally:
         engines.close()
+    tally.problems += engines.wrongly_said
     content["seconds"] = round(time.monotonic() - began, 1)
     made = [*rows(tally, HookTimes().read()), *more]
     return 0 if finish(options, made, tally, content) else 1

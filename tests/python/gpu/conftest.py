@@ -93,6 +93,7 @@ def pair(request: pytest.FixtureRequest, record: Record) -> Iterator[Pair]:
             arena=here.memory,
         )
         yield made
+    assert not [*vllm.wrongly_said(), *plain.wrongly_said()]
 
 
 @pytest.fixture

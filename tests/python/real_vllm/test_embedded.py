@@ -12,6 +12,7 @@ import pytest
 
 from real_vllm import steps
 from real_vllm.rigs import PATIENT, PLAIN, STOCK
+from support import rest
 from support.engines import Engines
 from support.flood import flood
 from support.process import wait_until
@@ -25,13 +26,21 @@ GONE_S = 15
 START_S = 300
 STOP_S = 60
 REFUSED_S = 420
+TOKEN = "sesame-7c20"
+AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
 
 
 class Embedded(Sidecar):
-    """The private sidecar of an engine, as far as it can be seen from outside: its HTTP address."""
+    """The private sidecar of an engine, as far as it can be seen from outside: its HTTP address. It wants a token."""
 
     def __init__(self) -> None:
         super().__init__(name="embedded")
+
+    def get(self, path: str) -> Any:
+        return rest.call("GET", self.url + path, headers=AUTHORIZED)
+
+    def post(self, path: str, body: Any) -> Any:
+        return rest.call("POST", self.url + path, body, AUTHORIZED)
 
     def pids(self) -> list[int]:
         """Processes that serve on this address."""
@@ -54,14 +63,19 @@ def sidecar() -> Embedded:
 
 
 @pytest.fixture
-def vllm(sidecar: Embedded) -> Iterator[VllmServer]:
-    """vLLM with an embedded sidecar; not started."""
-    transfer = greenroom_transfer_config(ENTRY_POINT, memory="256MiB", listen=f"127.0.0.1:{sidecar.port}", **PATIENT)
+def vllm(sidecar: Embedded, tmp_path: Path) -> Iterator[VllmServer]:
+    """vLLM with an embedded sidecar; not started. Its log is the sidecar's, too."""
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text(TOKEN)
+    listen = {"listen": f"127.0.0.1:{sidecar.port}", "token_file": str(token)}
+    transfer = greenroom_transfer_config(ENTRY_POINT, memory="256MiB", **listen, **PATIENT)
     with_sidecar = VllmServer(STOCK, transfer, "embedded")
     try:
         yield with_sidecar
     finally:
         with_sidecar.__exit__()
+    assert not with_sidecar.wrongly_said(TOKEN)
 
 
 def test_vllm_brings_its_own_sidecar(engines: Engines, vllm: VllmServer, sidecar: Embedded) -> None:
@@ -72,6 +86,7 @@ def test_vllm_brings_its_own_sidecar(engines: Engines, vllm: VllmServer, sidecar
     steps.wait_connected(sidecar)
     assert len(sidecar.pids()) == 1
     assert sidecar.get("/v1/status")["tiers"]["host"]["arena_bytes"] == 256 << 20
+    assert rest.raw("GET", sidecar.url + "/v1/status")[0] == 401, "without the token"
 
     assert vllm.ask(ask).cached_tokens == 0
     wait_until("saving", lambda: steps.blocks_on(sidecar, "embedded", "host") >= 20, steps.SAVED_S)
@@ -136,3 +151,4 @@ def test_what_cannot_work_is_refused_in_one_sentence(engines: Engines) -> None:
     finally:
         for server in servers.values():
             server.__exit__()
+    assert not [said for server in servers.values() for said in server.wrongly_said()]

@@ -29,6 +29,8 @@ class Engines:
 
     def __init__(self, say: Say = silent) -> None:
         self._say = say
+        self.wrongly_said: list[str] = []
+        """What the logs of engines that have ended should not have told."""
         self._alive: OrderedDict[Any, Engine] = OrderedDict()
 
     def plain(self, config: VllmConfig) -> VllmServer:
@@ -93,7 +95,9 @@ class Engines:
         return engine.handle
 
     def _stop(self, key: Any) -> None:
-        self._alive.pop(key).stack.close()
+        engine = self._alive.pop(key)
+        engine.stack.close()
+        self.wrongly_said += engine.server.wrongly_said()
 
     def close(self) -> None:
         for key in list(self._alive):

@@ -20,6 +20,7 @@ from support.make_model import PRESETS, SKELETONS, make_model, make_skeleton
 from support.metrics import Metrics
 from support.paths import LOGS, MODELS, greenroom_binary, python_of
 from support.process import Process, ProcessFailed, free_port
+from support.said import Head, head, wrongly_said
 
 SIDECAR_START_S = 60
 """The kernel clears tens of gigabytes for the largest arenas."""
@@ -221,6 +222,9 @@ class VllmServer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = LOGS / f"{name}-{self.port}.log"
+        # A port may have been another run's.
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
+        self._heads: set[Head] = set()
         self.process: Process | None = None
 
     def __enter__(self) -> VllmServer:
@@ -300,10 +304,19 @@ class VllmServer:
         return pids[0]
 
     def ask(self, ask: Ask, timeout_s: float = 300) -> Completion:
+        self._heads.add(head(ask.prompt))
         return complete(self.url, ask, timeout_s)
 
     def stream(self, ask: Ask, timeout_s: float = 300) -> Stream:
+        self._heads.add(head(ask.prompt))
         return Stream(self.url, ask, timeout_s)
+
+    def wrongly_said(self, *secrets: str) -> list[str]:
+        """What its log tells of prompts, of these secrets and of places; to be asked when it has ended."""
+        if not self.log.exists():
+            return []
+        log = self.log.read_bytes()[self._log_start :].decode(errors="replace")
+        return [f"{self.log.name} tells {what}" for what in wrongly_said(log, self._heads, secrets)]
 
     def healthy(self) -> bool:
         return rest.is_up(self.url + "/health")
