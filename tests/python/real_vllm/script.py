@@ -134,7 +134,10 @@ class _Author:
         self.waves.append(wave)
 
     def squeeze(self) -> None:
-        """Prompts that fit into the pool together, and longer answers that do not: vLLM has to preempt."""
+        """Prompts that fit into the pool together, and longer answers that do not: vLLM has to preempt.
+
+        The answers take seconds, for on a busy machine as much may pass until the last of them has begun.
+        """
         blocks = int(self._pool_blocks * SQUEEZE_SHARE) // SQUEEZERS
         tokens = blocks * BLOCK - 16
         wave = Wave([])
@@ -142,7 +145,7 @@ class _Author:
             # Its history stays what it began with: the prompt does not grow.
             first = session.tokens == 0
             new = self._tokens(tokens - 3 * BLOCK if first else 3 * BLOCK)
-            turn = self._turn(session, new, blocks * BLOCK * 3 // 2)
+            turn = self._turn(session, new, blocks * BLOCK * 5 // 2)
             wave.turns.append(dataclasses.replace(turn, keeps="prompt" if first else "nothing"))
         self.waves.append(wave)
 

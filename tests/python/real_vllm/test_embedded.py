@@ -91,12 +91,13 @@ def test_vllm_brings_its_own_sidecar(engines: Engines, vllm: VllmServer, sidecar
     assert vllm.ask(ask).cached_tokens == 0
     wait_until("saving", lambda: steps.blocks_on(sidecar, "embedded", "host") >= 20, steps.SAVED_S)
     flood(vllm, 3)
+    before = vllm.metrics().sum("vllm:greenroom_demand_blocks_total")
     answer = vllm.ask(ask)
     assert answer.cached_tokens == 20 * steps.BLOCK
     assert [answer.tokens] == expected
     figures = vllm.metrics()
     assert figures.sum("vllm:greenroom_saved_blocks_total") >= 20
-    assert figures.sum("vllm:greenroom_demand_blocks_total") == 20
+    assert figures.sum("vllm:greenroom_demand_blocks_total") - before == 20
     assert figures.sum("vllm:greenroom_ready") == 1
 
     # It ends with vLLM, and stands in nobody's way while a session waits.
