@@ -59,8 +59,8 @@ MUST_HAPPEN = (
     "demote",
     "retire",
 )
-STATUSES = frozenset({200, 404, 409, 429, 0})
-"""What the API may answer here; 0: its sidecar was dead."""
+STATUSES = frozenset({200, 404, 408, 409, 429, 0})
+"""What the API may answer here; 0: its sidecar was dead; 408: on a busy machine a request may come too slowly."""
 MEMORY = "2MiB"
 """Less than the sessions need: slots are evicted, too."""
 SCHEDULERS = pytest.mark.parametrize("asynchronous", [False, True], ids=["scheduler", "async-scheduler"])
