@@ -40,7 +40,7 @@ export PYO3_PYTHON := $(abspath $(TOOLS)/bin/python)
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # ---- for users
 
@@ -64,7 +64,7 @@ install: wheel .venv/.ready ## the wheel, installed beside vLLM in .venv
 test: $(TOOLS)/.ready ## what CI runs: `check`, then what needs a real vLLM (40 minutes on 2 cores)
 	@# Installing vLLM is mostly waiting, the checks that do without it mostly computing.
 	mkdir -p $(BUILT)
-	$(MAKE) --no-print-directory venvs >$(BUILT)/venvs.log 2>&1 & venvs=$$!; trap 'kill $$venvs 2>/dev/null || true' EXIT; \
+	$(MAKE) --no-print-directory venvs >$(BUILT)/venvs.log 2>&1 & venvs=$$!; trap 'kill $$venvs 2>/dev/null; wait $$venvs || true' EXIT; \
 	  $(MAKE) --no-print-directory lint check-rust check-models check-python; \
 	  wait $$venvs || { cat $(BUILT)/venvs.log; exit 1; }
 	$(MAKE) --no-print-directory check-harness check-harness-next check-fuzz install install-026
@@ -120,6 +120,8 @@ check-harness: faults-wheel ## random agents on vLLM's real schedulers, with fau
 
 .PHONY: check-harness-next
 check-harness-next: faults-wheel $(NEXT)/.ready ## a part of `check-harness` on the Python sources of vLLM 0.33 (PYTEST_FLAGS='-k ""': all)
+	@cd / && PYTHONPATH=$(abspath $(NEXT)) $(abspath .venv/bin/python) -c 'import importlib.util, sys; sys.exit("$(NEXT)/" not in importlib.util.find_spec("vllm").origin)' || \
+	  { echo "check-harness-next: $(NEXT) is incomplete: remove it" >&2; exit 1; }
 	VLLM_TARGET_DEVICE=cpu GREENROOM_TURNS=$${GREENROOM_TURNS:-1200} \
 	  PYTHONPATH=$(NEXT):target/site-faults:tests/python GREENROOM_COMMAND=target/site-faults/bin/greenroom \
 	  .venv/bin/python -m pytest tests/python/harness tests/python/unit/test_compat.py tests/python/unit/test_layouts.py \

@@ -241,12 +241,12 @@ class Campaign:
             late, loaded = self._late(), steps.loaded(self.rig.vllm)
             cached = self._ask_probe(f"after {act}").cached_tokens
             loaded = steps.loaded(self.rig.vllm) - loaded
-            if loaded >= whole:
+            if min(cached, loaded) >= whole:
                 return True
             # Of one that was not found, all is computed. What of it was still on the GPU proves nothing.
             if cached <= loaded and self._late() == late:
                 return False
-        return False
+        raise AssertionError(f"in {PROBE_TRIES} tries the probe was on the GPU still, or its lookup too late")
 
     def _late(self) -> float:
         """Lookups so far that were not answered in time."""

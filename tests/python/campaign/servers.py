@@ -27,6 +27,8 @@ SLOW_COPIES = "host::copy::delay=25%sleep(60)"
 """A quarter of the copies take 60 ms more: long enough to be hit, and in no fixed order."""
 LEASE_TTL = "5s"
 """Shorter than the longest stop."""
+SESSIONS_MAX = 256
+"""Remembered by its sidecar: so few that a long run sees that table full, and what grows then grows without end."""
 
 
 def write_weights(seed: int) -> Path:
@@ -78,7 +80,7 @@ class Mortal(Sidecar):
     """The campaign's sidecar. `log_full`: the next one is started with its log on a full disk."""
 
     def __init__(self, memory: str = "1GiB") -> None:
-        super().__init__(memory, ("--lease-ttl", LEASE_TTL), "mortal")
+        super().__init__(memory, ("--lease-ttl", LEASE_TTL, "--sessions-max", str(SESSIONS_MAX)), "mortal")
         self.clock = Clock(Path(self._folder.name))
         self.log_full = False
 
@@ -132,7 +134,7 @@ def is_stopped(pid: int) -> bool:
     """All of its threads, by a signal."""
     try:
         stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False  # A thread has just ended: the others still run.
     return all(stat.rpartition(")")[2].split()[0] in "tT" for stat in stats)
 

@@ -56,7 +56,7 @@ def evict(pair: Pair) -> None:
 
 
 def take_pool(server: VllmServer, sizes: Sizes) -> None:
-    """Some agents' requests hold all of a server's pool at one moment, but for a few blocks."""
+    """Some agents' requests take all of a server's pool at one moment, but for a few blocks."""
     flood(server, FLOOD_AGENTS, "others", max_tokens=sizes.flood_answer_tokens, spare=FLOOD_SPARE)
 
 

@@ -17,6 +17,8 @@ BLOCK = 32
 SAVED_S = 30
 READY_S = 30
 CONNECTED_S = 30
+LEFT_MAX = 3
+"""Blocks that a flood spares, and that a session that is held may keep."""
 QUIET_S = 1.0
 QUIET_WAIT_S = 60
 
@@ -90,6 +92,11 @@ def first_turn(rig: Rig, ask: Ask) -> Completion:
 def evict(rig: Rig, name: str) -> None:
     """Others take the whole pool."""
     flood(rig.vllm, 3, name)
+
+
+def fetched(server: VllmServer) -> int:
+    """Blocks that were brought back ahead of requests."""
+    return int(server.metrics().sum("vllm:greenroom_prefetch_blocks_total"))
 
 
 def loaded(server: VllmServer) -> int:

@@ -35,9 +35,11 @@ def test_the_oldest_release_saves_and_reloads(engines: Engines) -> None:
     assert steps.loaded(rig.vllm) - before == whole
 
     rig.sidecar.post("/v1/sessions/hinted/tool_start", {"tool": "bash"})
+    fetched = steps.fetched(rig.vllm)
     steps.evict(rig, "two")
     rig.sidecar.post("/v1/sessions/hinted/tool_end", {})
     steps.wait_back(rig, "hinted", BLOCKS)
+    assert steps.fetched(rig.vllm) - fetched >= BLOCKS - steps.LEFT_MAX
     before = steps.loaded(rig.vllm)
     answer = rig.vllm.ask(hinted)
     assert (answer.tokens, answer.cached_tokens) == (expected[1], whole)

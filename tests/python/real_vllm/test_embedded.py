@@ -16,6 +16,7 @@ from support import rest
 from support.engines import Engines
 from support.flood import flood
 from support.process import wait_until
+from support.said import our_lines
 from support.servers import Connector, Sidecar, VllmServer, greenroom_transfer_config
 
 pytestmark = pytest.mark.vllm
@@ -75,6 +76,8 @@ def vllm(sidecar: Embedded, tmp_path: Path) -> Iterator[VllmServer]:
         yield with_sidecar
     finally:
         with_sidecar.__exit__()
+    if with_sidecar.log.exists():
+        assert our_lines(with_sidecar.log.read_text(errors="replace")), "the search finds no line to search"
     assert not with_sidecar.wrongly_said(TOKEN)
 
 

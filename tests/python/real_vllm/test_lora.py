@@ -87,8 +87,10 @@ def test_adapters_that_come_at_once_are_kept_apart(rig: Rig, engines: Engines) -
     for ask in asks:
         steps.wait_saved(rig, str(ask.session), BLOCKS)
     steps.evict(rig, "at-once-flood")
+    before = steps.loaded(rig.vllm)
     again = together(rig.vllm, asks)
     assert [(answer.tokens, answer.cached_tokens) for answer in again] == [(tokens, WHOLE) for tokens in expected]
+    assert steps.loaded(rig.vllm) - before >= (WHOLE - steps.LEFT_MAX * steps.BLOCK) * len(asks)
 
 
 def test_a_hint_brings_back_what_its_session_ran_under(rig: Rig, engines: Engines, witness: Follower) -> None:

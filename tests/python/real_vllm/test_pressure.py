@@ -149,6 +149,7 @@ def test_hints_that_come_with_a_request_are_acted_on(rig: Rig) -> None:
     waiting = steps.agent("hinted-by-another", 10)
     steps.first_turn(rig, waiting)
     steps.evict(rig, "hinted-flood")
+    fetched = steps.fetched(rig.vllm)
     action = {
         "action_id": "1",
         "action_type": "kv.prefetch",
@@ -159,6 +160,7 @@ def test_hints_that_come_with_a_request_are_acted_on(rig: Rig) -> None:
     extra = {"kv_transfer_params": {"session_id": "the-other", "kv_hints": envelope}}
     rig.vllm.ask(Ask(prompt("the-other", 50), max_tokens=2, extra=extra))
     steps.wait_back(rig, str(waiting.session), 10)
+    assert steps.fetched(rig.vllm) - fetched >= 10 - steps.LEFT_MAX
     before = steps.loaded(rig.vllm)
     assert rig.vllm.ask(waiting).cached_tokens == 10 * steps.BLOCK
     assert steps.loaded(rig.vllm) == before
@@ -169,11 +171,13 @@ def test_batchagent_prefetches_its_job(rig: Rig) -> None:
     rig.vllm.ask(ask)
     steps.wait_saved(rig, "job8", 10)
     steps.evict(rig, "batchagent-flood")
+    fetched = steps.fetched(rig.vllm)
     hint = {"job_id": "job8", "kv_key": "key8", "eta_seconds": 0}
     answer = rig.sidecar.post("/internal/prefetch", {"hints": [hint], "kv_keys": ["unknown"]})
     assert answer["missing"] == ["unknown"]
     assert len(answer["prefetched"]["key8"]) > 0
     steps.wait_back(rig, "job8", 10)
+    assert steps.fetched(rig.vllm) - fetched >= 10 - steps.LEFT_MAX
 
 
 def test_a_retired_session_is_freed_everywhere(rig: Rig) -> None:

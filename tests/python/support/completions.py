@@ -59,8 +59,6 @@ class Completion:
     cached_tokens: int
     finish_reason: str | None
     top: list[dict[int, float]]
-    arrivals: list[float]
-    """`time.perf_counter()` at each token's arrival."""
 
     def margins(self) -> list[float]:
         """Distance of the two best tokens per position; needs `logprobs` of 2 or more."""
@@ -82,6 +80,7 @@ class Stream:
         self.tokens: list[int] = []
         self.top: list[dict[int, float]] = []
         self.arrivals: list[float] = []
+        """`time.perf_counter()` at each token's arrival."""
         self.usage: dict[str, Any] = {}
         self.finish_reason: str | None = None
 
@@ -138,7 +137,6 @@ class Stream:
             cached_tokens=(self.usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
             finish_reason=self.finish_reason,
             top=self.top,
-            arrivals=self.arrivals,
         )
 
 

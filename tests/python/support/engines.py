@@ -23,6 +23,12 @@ class Engine:
     stack: contextlib.ExitStack
     ready: bool = False
 
+    def well(self) -> bool:
+        """Whether it answers, or may yet."""
+        if self.ready:
+            return self.server.healthy()
+        return self.server.process is not None and self.server.process.running()
+
 
 class Engines:
     """Hands out running servers. A server that died, or was killed by a test, is started anew."""
@@ -71,7 +77,7 @@ class Engines:
 
     def _launch(self, key: Any, launch: Callable[[contextlib.ExitStack], tuple[VllmServer | Rig, VllmServer]]) -> Any:
         """Sees to it that there is one; returns its key."""
-        if key in self._alive and self._alive[key].ready and not self._alive[key].server.healthy():
+        if key in self._alive and not self._alive[key].well():
             self._stop(key)
         if key not in self._alive:
             while len(self._alive) >= ALIVE_MAX:

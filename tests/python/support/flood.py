@@ -16,6 +16,7 @@ FLOOD_MAX_TOKENS = 16
 """Long enough that all requests of a flood run, and hold their blocks, at the same time."""
 FLOODS_MAX = 5
 CANARY_BLOCKS = 2
+GPU_HITS = "vllm:prefix_cache_hits_total"
 
 
 def prompt(name: str, tokens: int, seed: int = 0) -> list[int]:
@@ -59,13 +60,15 @@ def flood(
 ) -> None:
     """Other agents run turns at the same time, then a short one: whatever else was in the pool is evicted.
 
-    A canary shows it, whose turn is the last before theirs: when it comes again, the GPU has nothing of it. On a busy
-    machine the others' requests may miss each other. Then they come again, each with twice as many tokens to make.
+    They come in one request, so that they hold the pool at one moment, on however busy a machine: what a session holds
+    without a reference would else outlive them. That others' blocks are gone a canary shows, whose turn is the last
+    before theirs: when it comes again, the GPU has nothing of it.
     """
     canary = Ask(prompt(f"{name}-canary", CANARY_BLOCKS * server.config.block_size + 1, seed), 1)
     for attempt in range(FLOODS_MAX):
         server.ask(canary)
-        together(server, flood_asks(server, agents, f"{name}-{attempt}", seed, max_tokens << attempt, spare))
+        asks = flood_asks(server, agents, f"{name}-{attempt}", seed, max_tokens << attempt, spare)
+        server.ask_at_once([ask.prompt for ask in asks], max_tokens << attempt)
         blocks = 2 * (agents * spare + 1)
         sweep = prompt(f"{name}-{attempt}-sweep", blocks * server.config.block_size, seed)
         server.ask(Ask(sweep, 1, session=f"{name}-sweep"))
@@ -78,4 +81,6 @@ def flood(
 
 def gpu_hits(server: VllmServer) -> int:
     """Tokens that requests found on the GPU, by vLLM's count."""
-    return int(server.metrics().sum("vllm:prefix_cache_hits_total"))
+    metrics = server.metrics()
+    assert GPU_HITS in metrics.names(), f"this vLLM has no {GPU_HITS}"
+    return int(metrics.sum(GPU_HITS))

@@ -13,7 +13,7 @@ LOGS = ROOT / "target" / "logs"
 MODELS = ROOT / "target" / "models"
 
 VENVS = {"0.32": ROOT / ".venv", "0.26": ROOT / ".venv-026"}
-"""vLLM version → environment that holds it; `make venv` and `make venv-026` make them."""
+"""vLLM version → environment that holds it; `make venvs` makes them."""
 
 
 CUDA = "cuda"

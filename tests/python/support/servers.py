@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +306,18 @@ class VllmServer:
     def ask(self, ask: Ask, timeout_s: float = 300) -> Completion:
         self._heads.add(head(ask.prompt))
         return complete(self.url, ask, timeout_s)
+
+    def ask_at_once(self, prompts: Sequence[Sequence[int]], max_tokens: int, timeout_s: float = 300) -> None:
+        """All in one request, of no session: vLLM's scheduler has them all before it has computed the first."""
+        self._heads.update(map(head, prompts))
+        body = {
+            "model": MODEL_NAME,
+            "prompt": [list(prompt) for prompt in prompts],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        rest.call("POST", self.url + "/v1/completions", body, timeout_s=timeout_s)
 
     def stream(self, ask: Ask, timeout_s: float = 300) -> Stream:
         self._heads.add(head(ask.prompt))

@@ -37,7 +37,7 @@ def test_what_logs_may_say_is_not_found() -> None:
             "(Worker pid=9) 2026-11-26T15:14:52.1Z  WARN cuda::thread: cannot read file=/home/me/token",
             "the path /home/me",
         ),
-        ("2026-11-26T15:14:52.1Z  WARN greenroom: /work/x", "the path /work/x"),
+        ("2026-11-26T15:14:52.1Z  WARN greenroom: /srv/x", "the path /srv/x"),
     ],
 )
 def test_what_they_must_not_say_is_found(line: str, what: str) -> None:
