@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use crate::config::ConfigError;
+use crate::engine::socket::is_trusted;
 
 /// Shortest token that is accepted, in bytes.
 pub const TOKEN_MIN: usize = 8;
@@ -81,7 +82,7 @@ pub fn check_writers(path: &Path) -> Result<(), ConfigError> {
 
 /// Why a file of user `owner` is not only in the hands of user `own` and root, if so.
 fn open_to_others(owner: u32, mode: u32, own: u32) -> Option<&'static str> {
-    if owner != own && owner != 0 {
+    if !is_trusted(owner, own) {
         Some("it belongs to another user, who can change the token")
     } else if mode & 0o022 != 0 {
         Some("other users can write to it; chmod go-w it")
@@ -194,6 +195,14 @@ mod tests {
             assert_eq!(open_to_others(0, 0o600, own), None);
             let reason = open_to_others(65_534, 0o600, own).unwrap();
             assert!(reason.contains("another user"), "{reason}");
+        }
+        // And where this user may give a file away, the file itself.
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        fs::write(&path, "open-sesame").unwrap();
+        if std::os::unix::fs::chown(&path, Some(65_534), None).is_ok() {
+            let error = Token::load(Some(&path)).unwrap_err().to_string();
+            assert!(error.contains("another user"), "{error}");
         }
     }
 

@@ -14,7 +14,7 @@ use rustix::net::{
 use super::frames::{FrameError, HEADER_BYTES, Header};
 
 /// Whether a process of this user may be at the other end of the engine socket: the sidecar hands out a writable mapping of
-/// the arena, and an engine hands over every saved block. Both ends ask.
+/// the arena, and an engine hands over every saved block. Both ends ask; so does whoever reads a token file, of its owner.
 pub fn is_trusted(peer: u32, own: u32) -> bool {
     peer == own || peer == 0
 }
