@@ -238,9 +238,9 @@ class Campaign:
         whole = PROBE_BLOCKS * steps.BLOCK
         for _ in range(PROBE_TRIES):
             self._evict()
-            late, loaded = self._late(), steps.loaded(self.rig.vllm)
+            late, loaded = self._late(), self.rig.vllm.loaded()
             cached = self._ask_probe(f"after {act}").cached_tokens
-            loaded = steps.loaded(self.rig.vllm) - loaded
+            loaded = self.rig.vllm.loaded() - loaded
             if min(cached, loaded) >= whole:
                 return True
             # Of one that was not found, all is computed. What of it was still on the GPU proves nothing.

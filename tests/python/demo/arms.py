@@ -81,20 +81,20 @@ class Greenroom:
         """One sample of `resident`, `reactive` or `hinted`."""
         agent = f"{arm}-{round_ % self._plan.agents}"
         self._turn(agent)
-        brought_back, ready_ms = self._brought_back(), None
+        brought_back, ready_ms = self._rig.vllm.brought_back(), None
         if arm == "hinted":
             ready_ms = self._tool_wait(agent, round_)
         elif arm == "reactive":
             self._flood()
-        loaded = self._loaded()
+        loaded = self._rig.vllm.loaded()
         answer = self._rig.vllm.ask(next_turn(agent, round_, self._plan))
         sample = Sample(
             arm=arm,
             round=round_,
             ttft_ms=answer.ttft_s * 1e3,
             cached_tokens=answer.cached_tokens,
-            from_arena=self._loaded() - loaded,
-            brought_back=self._brought_back() - brought_back,
+            from_arena=self._rig.vllm.loaded() - loaded,
+            brought_back=(self._rig.vllm.brought_back() - brought_back) * self._plan.block_size,
             ready_ms=ready_ms,
         )
         return dataclasses.replace(sample, problem=problem(sample, self._plan))
@@ -132,15 +132,6 @@ class Greenroom:
         plan = self._plan
         asks = flood_asks(self._rig.vllm, FLOOD_AGENTS, "flood", plan.seed, plan.flood_answer_tokens, plan.flood_spare)
         together(self._rig.vllm, asks)
-
-    def _loaded(self) -> int:
-        """Tokens that requests found in the arena and not on the GPU, by vLLM's own count."""
-        return int(self._rig.vllm.metrics().sum("vllm:external_prefix_cache_hits_total"))
-
-    def _brought_back(self) -> int:
-        """Tokens that were loaded ahead of their requests."""
-        blocks = self._rig.vllm.metrics().sum("vllm:greenroom_prefetch_blocks_total")
-        return int(blocks) * self._plan.block_size
 
 
 class Plain:

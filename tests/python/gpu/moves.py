@@ -60,11 +60,6 @@ def take_pool(server: VllmServer, sizes: Sizes) -> None:
     flood(server, FLOOD_AGENTS, "others", max_tokens=sizes.flood_answer_tokens, spare=FLOOD_SPARE)
 
 
-def loaded(rig: Rig) -> int:
-    """Tokens that requests themselves had to load, by vLLM's count."""
-    return int(rig.vllm.metrics().sum("vllm:external_prefix_cache_hits_total"))
-
-
 @dataclasses.dataclass(frozen=True)
 class Agent:
     """A session whose second turn is known: `right` is the answer with KV that never left the GPU."""
@@ -90,10 +85,10 @@ def two_turns(pair: Pair, name: str) -> Agent:
     second = ask(name, tokens, sizes.answer_tokens)
     rig.vllm.ask(second)
     wait_saved(rig, name, sizes.blocks_of(len(tokens)))
-    before = loaded(rig)
+    before = rig.vllm.loaded()
     right = rig.vllm.ask(second)
     assert right.cached_tokens == whole(pair, tokens)
-    assert loaded(rig) == before, "its KV was to be on the GPU"
+    assert rig.vllm.loaded() == before, "its KV was to be on the GPU"
     return Agent(second, right)
 
 

@@ -38,12 +38,12 @@ def test_both_servers_decode_in_graphs(pair: Pair) -> None:
 def test_a_request_that_loads_says_the_same(pair: Pair, agents: list[Agent]) -> None:
     moves.evict(pair)
     for agent in agents:
-        before = moves.loaded(pair.rig)
+        before = pair.rig.vllm.loaded()
         answer = pair.rig.vllm.ask(agent.second)
         expected = moves.whole(pair, agent.tokens)
         assert answer.cached_tokens == expected
         # The flood may leave a few blocks of the agent that it evicts last.
-        assert moves.loaded(pair.rig) - before >= 0.9 * expected, f"{agent.name} was not evicted"
+        assert pair.rig.vllm.loaded() - before >= 0.9 * expected, f"{agent.name} was not evicted"
         assert answer.tokens == agent.right.tokens, agent.name
 
 
@@ -51,26 +51,21 @@ def test_a_request_after_a_hint_says_the_same(pair: Pair, agents: list[Agent]) -
     rig = pair.rig
     for agent in agents:
         # Some may come back before the tool's end: Greenroom expects it.
-        count = brought_back(pair) + pair.sizes.blocks_of(len(agent.tokens)) - moves.FLOOD_LEAVES
+        count = pair.rig.vllm.brought_back() + pair.sizes.blocks_of(len(agent.tokens)) - moves.FLOOD_LEAVES
         rig.sidecar.post(f"/v1/sessions/{agent.name}/tool_start", {"tool": "bash"})
         moves.evict(pair)
         rig.sidecar.post(f"/v1/sessions/{agent.name}/tool_end", {})
         moves.wait_back(rig, agent.name)
-        before = moves.loaded(rig)
+        before = rig.vllm.loaded()
         answer = rig.vllm.ask(agent.second)
         assert answer.cached_tokens == moves.whole(pair, agent.tokens)
-        assert moves.loaded(rig) == before, f"the request of {agent.name} had to load"
+        assert rig.vllm.loaded() == before, f"the request of {agent.name} had to load"
         assert answer.tokens == agent.right.tokens, agent.name
         wait_counted(pair, count)
 
 
 def wait_counted(pair: Pair, blocks: float) -> None:
-    wait_until("the count of blocks that came back", lambda: brought_back(pair) >= blocks, moves.WAIT_S)
-
-
-def brought_back(pair: Pair) -> float:
-    """Blocks that came back before their request, by vLLM's count."""
-    return pair.rig.vllm.metrics().sum("vllm:greenroom_prefetch_blocks_total")
+    wait_until("the count of blocks that came back", lambda: pair.rig.vllm.brought_back() >= blocks, moves.WAIT_S)
 
 
 def test_plain_vllm_says_so_too(pair: Pair, agents: list[Agent], record: Record) -> None:

@@ -65,10 +65,10 @@ def test_requests_outlive_the_sidecar(pair: Pair, agents: list[Agent], groups: s
     moves.wait_connected(pair.rig)
     agent = moves.two_turns(pair, "after-the-sidecar")
     moves.evict(pair)
-    before = moves.loaded(pair.rig)
+    before = pair.rig.vllm.loaded()
     answer = pair.rig.vllm.ask(agent.second)
     assert answer.tokens == agent.right.tokens
-    assert moves.loaded(pair.rig) - before >= 0.9 * moves.whole(pair, agent.tokens)
+    assert pair.rig.vllm.loaded() - before >= 0.9 * moves.whole(pair, agent.tokens)
 
 
 def test_slots_come_back_when_the_engine_dies(pair: Pair, groups: swaps.Groups, record: Record) -> None:

@@ -11,7 +11,7 @@ from support.completions import Ask, Completion
 from support.engines import Engines
 from support.flood import flood, prompt
 from support.process import wait_until
-from support.servers import Rig, Sidecar, VllmServer
+from support.servers import Rig, Sidecar
 
 BLOCK = 32
 SAVED_S = 30
@@ -92,13 +92,3 @@ def first_turn(rig: Rig, ask: Ask) -> Completion:
 def evict(rig: Rig, name: str) -> None:
     """Others take the whole pool."""
     flood(rig.vllm, 3, name)
-
-
-def fetched(server: VllmServer) -> int:
-    """Blocks that were brought back ahead of requests."""
-    return int(server.metrics().sum("vllm:greenroom_prefetch_blocks_total"))
-
-
-def loaded(server: VllmServer) -> int:
-    """Tokens that requests themselves had to load, by vLLM's count."""
-    return int(server.metrics().sum("vllm:external_prefix_cache_hits_total"))

@@ -29,18 +29,18 @@ def test_the_oldest_release_saves_and_reloads(engines: Engines) -> None:
     whole = BLOCKS * steps.BLOCK
 
     steps.evict(rig, "one")
-    before = steps.loaded(rig.vllm)
+    before = rig.vllm.loaded()
     answer = rig.vllm.ask(reactive)
     assert (answer.tokens, answer.cached_tokens) == (expected[0], whole)
-    assert steps.loaded(rig.vllm) - before == whole
+    assert rig.vllm.loaded() - before == whole
 
     rig.sidecar.post("/v1/sessions/hinted/tool_start", {"tool": "bash"})
-    fetched = steps.fetched(rig.vllm)
+    fetched = rig.vllm.brought_back()
     steps.evict(rig, "two")
     rig.sidecar.post("/v1/sessions/hinted/tool_end", {})
     steps.wait_back(rig, "hinted", BLOCKS)
-    assert steps.fetched(rig.vllm) - fetched >= BLOCKS - steps.LEFT_MAX
-    before = steps.loaded(rig.vllm)
+    assert rig.vllm.brought_back() - fetched >= BLOCKS - steps.LEFT_MAX
+    before = rig.vllm.loaded()
     answer = rig.vllm.ask(hinted)
     assert (answer.tokens, answer.cached_tokens) == (expected[1], whole)
-    assert steps.loaded(rig.vllm) == before
+    assert rig.vllm.loaded() == before

@@ -109,10 +109,10 @@ def test_pause_and_resume_while_sessions_wait(rig: Rig, waiting: list[Ask]) -> N
         assert (copied(rig), is_evicted(rig, session)) == (before, True), mode
         rig.vllm.resume()
         steps.wait_back(rig, session, BEYOND)
-        loaded = steps.loaded(rig.vllm)
+        loaded = rig.vllm.loaded()
         answer = rig.vllm.ask(ask, timeout_s=60)
         assert (len(answer.tokens), answer.cached_tokens) == (ask.max_tokens, BEYOND * steps.BLOCK)
-        assert steps.loaded(rig.vllm) == loaded
+        assert rig.vllm.loaded() == loaded
         rig.sidecar.post(f"/v1/sessions/{session}/tool_start", {"tool": "bash"})
     # Without being told otherwise vLLM pauses for new weights: nothing of before is an answer to anything.
     rig.vllm.pause()

@@ -72,10 +72,10 @@ def test_each_adapter_gets_its_own_back(rig: Rig, engines: Engines) -> None:
 
     steps.evict(rig, "apart-flood")
     for ask, tokens in zip(asks, expected, strict=True):
-        loaded = steps.loaded(rig.vllm)
+        loaded = rig.vllm.loaded()
         answer = rig.vllm.ask(ask)
         assert (answer.tokens, answer.cached_tokens) == (tokens, WHOLE)
-        assert steps.loaded(rig.vllm) - loaded == WHOLE
+        assert rig.vllm.loaded() - loaded == WHOLE
 
 
 def test_adapters_that_come_at_once_are_kept_apart(rig: Rig, engines: Engines) -> None:
@@ -87,10 +87,10 @@ def test_adapters_that_come_at_once_are_kept_apart(rig: Rig, engines: Engines) -
     for ask in asks:
         steps.wait_saved(rig, str(ask.session), BLOCKS)
     steps.evict(rig, "at-once-flood")
-    before = steps.loaded(rig.vllm)
+    before = rig.vllm.loaded()
     again = together(rig.vllm, asks)
     assert [(answer.tokens, answer.cached_tokens) for answer in again] == [(tokens, WHOLE) for tokens in expected]
-    assert steps.loaded(rig.vllm) - before >= (WHOLE - steps.LEFT_MAX * steps.BLOCK) * len(asks)
+    assert rig.vllm.loaded() - before >= (WHOLE - steps.LEFT_MAX * steps.BLOCK) * len(asks)
 
 
 def test_a_hint_brings_back_what_its_session_ran_under(rig: Rig, engines: Engines, witness: Follower) -> None:
@@ -104,7 +104,7 @@ def test_a_hint_brings_back_what_its_session_ran_under(rig: Rig, engines: Engine
     wait_until("the fetch", lambda: witness.audit().count("prefetch") - fetched == BLOCKS, steps.READY_S)
     # What is back on the GPU answers to its own adapter only: the others have to load.
     for model, loads in {"b": WHOLE, MODEL_NAME: WHOLE, "a": 0}.items():
-        before = steps.loaded(rig.vllm)
+        before = rig.vllm.loaded()
         answer = rig.vllm.ask(asks[model])
         assert (answer.tokens, answer.cached_tokens) == (expected[model], WHOLE)
-        assert steps.loaded(rig.vllm) - before == loads
+        assert rig.vllm.loaded() - before == loads

@@ -74,9 +74,9 @@ def test_a_session_that_is_due_is_served(rig: Rig, crowd: list[Ask]) -> None:
         steps.evict(rig, f"before-{ask.session}")
         rig.sidecar.post(f"/v1/sessions/{ask.session}/tool_end", {})
         steps.wait_back(rig, str(ask.session), BLOCKS)
-        before = steps.loaded(rig.vllm)
+        before = rig.vllm.loaded()
         answer = rig.vllm.ask(ask)
-        assert (answer.cached_tokens, steps.loaded(rig.vllm) - before) == (BLOCKS * steps.BLOCK, 0)
+        assert (answer.cached_tokens, rig.vllm.loaded() - before) == (BLOCKS * steps.BLOCK, 0)
 
 
 def test_a_salt_keeps_prompts_apart(rig: Rig) -> None:
@@ -99,10 +99,10 @@ def test_a_prompt_that_is_wholly_in_the_arena_still_computes(rig: Rig, engines: 
     ask = Ask(prompt("whole", 20 * steps.BLOCK), session="whole")
     steps.first_turn(rig, ask)
     steps.evict(rig, "whole-flood")
-    before = steps.loaded(rig.vllm)
+    before = rig.vllm.loaded()
     answer = rig.vllm.ask(ask)
     # The last token must be computed, and vLLM computes its whole block.
-    assert (answer.cached_tokens, steps.loaded(rig.vllm) - before) == (19 * steps.BLOCK, 19 * steps.BLOCK)
+    assert (answer.cached_tokens, rig.vllm.loaded() - before) == (19 * steps.BLOCK, 19 * steps.BLOCK)
     assert [answer.tokens] == steps.right(engines, ask)
 
 
@@ -149,7 +149,7 @@ def test_hints_that_come_with_a_request_are_acted_on(rig: Rig) -> None:
     waiting = steps.agent("hinted-by-another", 10)
     steps.first_turn(rig, waiting)
     steps.evict(rig, "hinted-flood")
-    fetched = steps.fetched(rig.vllm)
+    fetched = rig.vllm.brought_back()
     action = {
         "action_id": "1",
         "action_type": "kv.prefetch",
@@ -160,10 +160,10 @@ def test_hints_that_come_with_a_request_are_acted_on(rig: Rig) -> None:
     extra = {"kv_transfer_params": {"session_id": "the-other", "kv_hints": envelope}}
     rig.vllm.ask(Ask(prompt("the-other", 50), max_tokens=2, extra=extra))
     steps.wait_back(rig, str(waiting.session), 10)
-    assert steps.fetched(rig.vllm) - fetched >= 10 - steps.LEFT_MAX
-    before = steps.loaded(rig.vllm)
+    assert rig.vllm.brought_back() - fetched >= 10 - steps.LEFT_MAX
+    before = rig.vllm.loaded()
     assert rig.vllm.ask(waiting).cached_tokens == 10 * steps.BLOCK
-    assert steps.loaded(rig.vllm) == before
+    assert rig.vllm.loaded() == before
 
 
 def test_batchagent_prefetches_its_job(rig: Rig) -> None:
@@ -171,13 +171,13 @@ def test_batchagent_prefetches_its_job(rig: Rig) -> None:
     rig.vllm.ask(ask)
     steps.wait_saved(rig, "job8", 10)
     steps.evict(rig, "batchagent-flood")
-    fetched = steps.fetched(rig.vllm)
+    fetched = rig.vllm.brought_back()
     hint = {"job_id": "job8", "kv_key": "key8", "eta_seconds": 0}
     answer = rig.sidecar.post("/internal/prefetch", {"hints": [hint], "kv_keys": ["unknown"]})
     assert answer["missing"] == ["unknown"]
     assert len(answer["prefetched"]["key8"]) > 0
     steps.wait_back(rig, "job8", 10)
-    assert steps.fetched(rig.vllm) - fetched >= 10 - steps.LEFT_MAX
+    assert rig.vllm.brought_back() - fetched >= 10 - steps.LEFT_MAX
 
 
 def test_a_retired_session_is_freed_everywhere(rig: Rig) -> None:
@@ -219,10 +219,10 @@ def test_pinned_blocks_are_still_there(small: Rig) -> None:
     known = rig.sidecar.session("pinned")
     assert known is not None
     assert (known["blocks"]["host"], known["blocks"]["pinned"]) == (10, 10)
-    before = steps.loaded(rig.vllm)
+    before = rig.vllm.loaded()
     assert rig.vllm.ask(other).cached_tokens == 0
     assert rig.vllm.ask(ask).cached_tokens == 10 * steps.BLOCK
-    assert steps.loaded(rig.vllm) - before == 10 * steps.BLOCK
+    assert rig.vllm.loaded() - before == 10 * steps.BLOCK
 
     (result,) = hints(rig.sidecar, "unpin-it", ("kv.unpin", "pinned"))
     assert result["outcome"] == "accepted"

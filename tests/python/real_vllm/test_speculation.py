@@ -29,9 +29,9 @@ def test_kv_comes_back_to_an_engine_that_drafts(engines: Engines, witness: Follo
     steps.wait_saved(rig, "draft", full)
     steps.evict(rig, "draft")
     second = Ask([*first.prompt, *answer.tokens, *prompt("result", 40)], ANSWER_TOKENS, session="draft")
-    before = steps.loaded(rig.vllm)
+    before = rig.vllm.loaded()
     again = rig.vllm.ask(second)
     assert again.cached_tokens == full * steps.BLOCK
-    assert steps.loaded(rig.vllm) - before >= (full - steps.LEFT_MAX) * steps.BLOCK
+    assert rig.vllm.loaded() - before >= (full - steps.LEFT_MAX) * steps.BLOCK
     assert [again.tokens] == steps.right(engines, second)
     assert not witness.audit().problems

@@ -57,20 +57,20 @@ def test_both_ranks_save_and_reload(rig: Rig, engines: Engines, witness: Followe
         ask_person(rig, ask)
 
     steps.evict(rig, "two-one")
-    demanded, before = witness.audit().count("demand"), steps.loaded(rig.vllm)
+    demanded, before = witness.audit().count("demand"), rig.vllm.loaded()
     answer = rig.vllm.ask(reactive)
     assert (answer.tokens, answer.cached_tokens) == (expected[0], WHOLE)
-    assert steps.loaded(rig.vllm) - before == WHOLE
+    assert rig.vllm.loaded() - before == WHOLE
     assert witness.audit().count("demand") - demanded == BLOCKS
 
     steps.evict(rig, "two-two")
     fetched = witness.audit().count("prefetch")
     rig.sidecar.post(f"/v1/sessions/{hinted.session}/tool_end", {})
     wait_until("the fetch", lambda: witness.audit().count("prefetch") - fetched == BLOCKS, steps.READY_S)
-    before = steps.loaded(rig.vllm)
+    before = rig.vllm.loaded()
     answer = rig.vllm.ask(hinted)
     assert (answer.tokens, answer.cached_tokens) == (expected[1], WHOLE)
-    assert steps.loaded(rig.vllm) == before
+    assert rig.vllm.loaded() == before
 
 
 def test_more_than_fits_comes_back_at_once(rig: Rig, engines: Engines) -> None:

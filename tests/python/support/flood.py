@@ -16,7 +16,6 @@ FLOOD_MAX_TOKENS = 16
 """Long enough that all requests of a flood run, and hold their blocks, at the same time."""
 FLOODS_MAX = 5
 CANARY_BLOCKS = 2
-GPU_HITS = "vllm:prefix_cache_hits_total"
 
 
 def prompt(name: str, tokens: int, seed: int = 0) -> list[int]:
@@ -72,15 +71,8 @@ def flood(
         blocks = 2 * (agents * spare + 1)
         sweep = prompt(f"{name}-{attempt}-sweep", blocks * server.config.block_size, seed)
         server.ask(Ask(sweep, 1, session=f"{name}-sweep"))
-        before = gpu_hits(server)
+        before = server.found_on_gpu()
         server.ask(canary)
-        if gpu_hits(server) == before:
+        if server.found_on_gpu() == before:
             return
     raise AssertionError(f"{FLOODS_MAX} floods did not evict what had come just before them")
-
-
-def gpu_hits(server: VllmServer) -> int:
-    """Tokens that requests found on the GPU, by vLLM's count."""
-    metrics = server.metrics()
-    assert GPU_HITS in metrics.names(), f"this vLLM has no {GPU_HITS}"
-    return int(metrics.sum(GPU_HITS))

@@ -22,6 +22,7 @@ from support.paths import LOGS, MODELS, greenroom_binary, python_of
 from support.process import Process, ProcessFailed, free_port
 from support.said import Head, head, wrongly_said
 
+GPU_HITS = "vllm:prefix_cache_hits_total"
 SIDECAR_START_S = 60
 """The kernel clears tens of gigabytes for the largest arenas."""
 VLLM_START_S = 420
@@ -335,6 +336,20 @@ class VllmServer:
 
     def metrics(self) -> Metrics:
         return Metrics(rest.text("GET", self.url + "/metrics"))
+
+    def loaded(self) -> int:
+        """Tokens that requests themselves had to load: found in the arena and not on the GPU."""
+        return int(self.metrics().sum("vllm:external_prefix_cache_hits_total"))
+
+    def brought_back(self) -> int:
+        """Blocks that were loaded ahead of their requests."""
+        return int(self.metrics().sum("vllm:greenroom_prefetch_blocks_total"))
+
+    def found_on_gpu(self) -> int:
+        """Tokens that requests found on the GPU."""
+        metrics = self.metrics()
+        assert GPU_HITS in metrics.names(), f"this vLLM has no {GPU_HITS}"
+        return int(metrics.sum(GPU_HITS))
 
     def preemptions(self) -> int:
         return int(self.metrics().sum("vllm:num_preemptions_total"))
