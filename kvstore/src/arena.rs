@@ -25,6 +25,9 @@ use crate::ids::{u64_from, usize_from_u64};
 /// Bytes of a small page.
 const BASE_PAGE: u64 = 4096;
 
+/// No page of a mapping can vanish.
+const FIXED_SIZE: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
+
 /// Bytes of a huge page.
 const HUGE_PAGE: u64 = 2 << 20;
 
@@ -69,6 +72,13 @@ impl ArenaFile {
     /// # Errors
     /// `BadSize`, `NoHugePages`, `OutOfMemory`, `System`.
     pub fn create(bytes: u64, pages: PageSize) -> Result<Self, ArenaError> {
+        let file = Self::fixed("greenroom-arena", bytes, pages)?;
+        file.seal(SealFlags::SEAL)?;
+        Ok(file)
+    }
+
+    /// A file of that size for good, which can be sealed further. `/proc/*/maps` shows the name.
+    pub(crate) fn fixed(name: &str, bytes: u64, pages: PageSize) -> Result<Self, ArenaError> {
         if bytes == 0 || !bytes.is_multiple_of(pages.bytes()) {
             return Err(ArenaError::BadSize {
                 bytes,
@@ -80,12 +90,17 @@ impl ArenaFile {
             HugePages::read().check(bytes)?;
             flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
         }
-        let fd = rustix::fs::memfd_create("greenroom-arena", flags)
+        let fd = rustix::fs::memfd_create(name, flags)
             .map_err(|errno| refused(errno, "memfd_create", bytes))?;
         rustix::fs::ftruncate(&fd, bytes).map_err(|errno| refused(errno, "ftruncate", bytes))?;
-        rustix::fs::fcntl_add_seals(&fd, required_seals())
-            .map_err(|errno| system(errno, "sealing the arena"))?;
-        Ok(Self { fd, bytes })
+        let file = Self { fd, bytes };
+        file.seal(FIXED_SIZE)?;
+        Ok(file)
+    }
+
+    pub(crate) fn seal(&self, seals: SealFlags) -> Result<(), ArenaError> {
+        rustix::fs::fcntl_add_seals(&self.fd, seals)
+            .map_err(|errno| system(errno, "sealing the arena"))
     }
 
     /// The descriptor, to send to those who map it.
@@ -99,7 +114,7 @@ impl ArenaFile {
     }
 }
 
-/// One shared, writable mapping of the whole arena in this process. Not inherited by forked children, gone on drop.
+/// One shared mapping of the whole file in this process. Not inherited by forked children, gone on drop.
 #[derive(Debug)]
 pub struct ArenaMap {
     base: NonNull<u8>,
@@ -118,8 +133,15 @@ impl ArenaMap {
     /// # Errors
     /// `NotSealed` and `WrongSize` if it is not the arena that was announced, else `NoHugePages`, `OutOfMemory`, `System`.
     pub fn map(fd: OwnedFd, bytes: u64) -> Result<Self, ArenaError> {
-        check_sealed(&fd)?;
-        let stat = rustix::fs::fstat(&fd).map_err(|errno| system(errno, "fstat of the arena"))?;
+        let forbidden = SealFlags::WRITE | SealFlags::FUTURE_WRITE;
+        check_seals(fd.as_fd(), SealFlags::SEAL, forbidden)?;
+        Self::of(fd.as_fd(), bytes, ProtFlags::READ | ProtFlags::WRITE)
+    }
+
+    /// As [`Self::map`], for any file of fixed size.
+    pub(crate) fn of(fd: BorrowedFd<'_>, bytes: u64, prot: ProtFlags) -> Result<Self, ArenaError> {
+        check_seals(fd, FIXED_SIZE, SealFlags::empty())?;
+        let stat = rustix::fs::fstat(fd).map_err(|errno| system(errno, "fstat of the arena"))?;
         let actual = u64::try_from(stat.st_size).unwrap_or(0);
         if actual != bytes || bytes == 0 {
             return Err(ArenaError::WrongSize {
@@ -130,17 +152,9 @@ impl ArenaMap {
         let len = usize_from_u64(bytes);
         // SAFETY: a new mapping at an address the kernel picks replaces none of ours. The file can neither shrink nor grow
         // (checked above), so every byte of it stays backed.
-        let address = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                &fd,
-                0,
-            )
-        };
-        let address = address.map_err(|errno| refused_map(errno, &fd, bytes))?;
+        let address =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, 0) };
+        let address = address.map_err(|errno| refused_map(errno, fd, bytes))?;
         let Some(base) = NonNull::new(address.cast::<u8>()) else {
             return Err(system(Errno::FAULT, "mmap of the arena"));
         };
@@ -234,18 +248,18 @@ impl Drop for ArenaMap {
     }
 }
 
-fn required_seals() -> SealFlags {
-    SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL
-}
-
-fn check_sealed(fd: &OwnedFd) -> Result<(), ArenaError> {
+/// Refuses a file that lacks a required seal or has a forbidden one.
+pub(crate) fn check_seals(
+    fd: BorrowedFd<'_>,
+    required: SealFlags,
+    forbidden: SealFlags,
+) -> Result<(), ArenaError> {
     let seals = match rustix::fs::fcntl_get_seals(fd) {
         Ok(seals) => seals,
         Err(Errno::INVAL) => return Err(ArenaError::NotSealed),
         Err(errno) => return Err(system(errno, "reading the arena's seals")),
     };
-    let forbidden = SealFlags::WRITE | SealFlags::FUTURE_WRITE;
-    if seals.contains(required_seals()) && !seals.intersects(forbidden) {
+    if seals.contains(required) && !seals.intersects(forbidden) {
         return Ok(());
     }
     Err(ArenaError::NotSealed)
@@ -266,7 +280,7 @@ fn refused(errno: Errno, operation: &'static str, bytes: u64) -> ArenaError {
 }
 
 /// Mapping is what takes huge pages from the machine's reserve, so a race for the last ones ends here.
-fn refused_map(errno: Errno, fd: &OwnedFd, bytes: u64) -> ArenaError {
+fn refused_map(errno: Errno, fd: BorrowedFd<'_>, bytes: u64) -> ArenaError {
     let huge =
         rustix::fs::fstat(fd).is_ok_and(|stat| u64::try_from(stat.st_blksize) == Ok(HUGE_PAGE));
     match (errno, huge) {
@@ -373,8 +387,11 @@ mod tests {
         ));
         let read_only = rustix::fs::memfd_create("read-only", flags).unwrap();
         rustix::fs::ftruncate(&read_only, BYTES).unwrap();
-        rustix::fs::fcntl_add_seals(&read_only, required_seals() | SealFlags::FUTURE_WRITE)
-            .unwrap();
+        rustix::fs::fcntl_add_seals(
+            &read_only,
+            FIXED_SIZE | SealFlags::SEAL | SealFlags::FUTURE_WRITE,
+        )
+        .unwrap();
         assert!(matches!(
             ArenaMap::map(read_only, BYTES),
             Err(ArenaError::NotSealed)

@@ -23,6 +23,7 @@ impl Store {
         let claims = self.claims();
         self.check_slots(&claims);
         self.check_totals();
+        self.index.check_presence();
         self.leases.check();
         self.pins.check(self.slots.pinned());
     }

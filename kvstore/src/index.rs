@@ -9,6 +9,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use crate::STRICT;
 use crate::error::StoreError;
 use crate::ids::{BlockHash, Epoch, Namespace, NamespaceId, SlotId, Space, low_half};
+use crate::presence::Presence;
 
 /// Hashes keys that are digests already: adds up their words and spreads the sum with one multiplication.
 ///
@@ -70,6 +71,8 @@ pub(crate) struct Index {
     spaces: Vec<Names>,
     limit: usize,
     next_epoch: u64,
+    /// Told of every name that becomes readable and of every one that is forgotten.
+    presence: Option<Presence>,
 }
 
 impl Index {
@@ -78,7 +81,13 @@ impl Index {
             spaces: Vec::new(),
             limit,
             next_epoch: 1,
+            presence: None,
         }
+    }
+
+    /// Before anything is stored.
+    pub(crate) fn show_in(&mut self, presence: Presence) {
+        self.presence = Some(presence);
     }
 
     /// The current epoch of that namespace; a new one takes the place of one that has nothing stored when all are taken.
@@ -120,6 +129,12 @@ impl Index {
         let epoch = self.epoch();
         let names = &mut self.spaces[space.index()];
         names.epoch = epoch;
+        if let Some(presence) = &self.presence {
+            names
+                .committed
+                .keys()
+                .for_each(|hash| presence.remove(hash));
+        }
         names.committed = Map::default();
         names.filling = Map::default();
         self.handle(space)
@@ -176,6 +191,9 @@ impl Index {
             "{hash:?} is published without having been filled"
         );
         names.committed.extend(slot.map(|slot| (hash, slot)));
+        if let Some(presence) = &self.presence {
+            presence.add(&hash);
+        }
     }
 
     pub(crate) fn forget_filling(&mut self, space: Space, hash: &BlockHash) {
@@ -190,6 +208,16 @@ impl Index {
             self.spaces[space.index()].committed.remove(hash).is_some(),
             "{hash:?} was not stored"
         );
+        if let Some(presence) = &self.presence {
+            presence.remove(hash);
+        }
+    }
+
+    /// Recounts what engines see; for the audit.
+    pub(crate) fn check_presence(&self) {
+        if let Some(presence) = &self.presence {
+            presence.check(self.spaces.iter().flat_map(|names| names.committed.keys()));
+        }
     }
 
     /// Names in all namespaces: (committed, filling); for the audit.

@@ -28,6 +28,8 @@
 //! - A namespace is everything besides the hash that decides a block's bytes. Resetting it starts a new epoch; a handle of
 //!   an older epoch finds nothing.
 //!
+//! A [`Presence`] shows engines which blocks need not be asked for.
+//!
 //! [`ArenaFile`] and [`ArenaMap`] are the memory itself: the sidecar creates the file, workers map it, and the store touches
 //! neither. [`Geometry`] and [`slot_offset`] translate between the two worlds.
 #![deny(unsafe_code)]
@@ -47,6 +49,7 @@ mod index;
 mod layout;
 mod lease;
 mod pins;
+mod presence;
 mod slots;
 mod steps;
 mod store;
@@ -96,4 +99,5 @@ pub use index::{DigestHasher, DigestMap};
 pub use layout::{BLOCK_TOKENS_MAX, Geometry, RANK_BYTES_MAX, RANKS_MAX, SLOT_ALIGN, slot_offset};
 pub use lease::Term;
 pub use pins::{PIN_TTL_MAX, PINS_MAX};
+pub use presence::{Presence, PresenceFile};
 pub use store::{LEASE_TTL_LIMIT, NAMESPACES_LIMIT, Store, StoreConfig};

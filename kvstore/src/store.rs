@@ -14,6 +14,7 @@ use crate::ids::{
 use crate::index::{DigestSet, Index};
 use crate::lease::{Grant, Leases, Record, Right, Tenure, Term, Why};
 use crate::pins::Pins;
+use crate::presence::Presence;
 use crate::slots::{Filling, SlotState, Slots};
 
 /// Longest time to live that a configuration may allow a lease.
@@ -99,6 +100,14 @@ impl Store {
             policy: Box::new(Lru::default()),
             tick: Tick(0),
         })
+    }
+
+    /// Shows in `presence`, from now on, which blocks are readable. Nothing must be stored yet.
+    #[must_use]
+    pub fn shown_in(mut self, presence: Presence) -> Self {
+        assert_eq!(self.index.totals(), (0, 0), "the store has blocks already");
+        self.index.show_in(presence);
+        self
     }
 
     /// The present epoch of a namespace; the first call for an id creates it. When all places are taken, one with nothing

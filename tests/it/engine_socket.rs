@@ -399,7 +399,7 @@ fn an_answer_or_a_want_that_comes_twice_ends_the_connection() {
         read_frame(&stream).unwrap();
         let welcome = ToEngine::Welcome {
             boot: 1,
-            arena_bytes: 4096,
+            file_bytes: 4096,
             slot_bytes: 4096,
         };
         let frame = encode(sequence, &message).unwrap();

@@ -2,6 +2,7 @@
 
 mod endings;
 mod limits;
+mod lookups;
 mod returns;
 
 use std::time::Instant;
@@ -20,7 +21,8 @@ const BLOCKS: u64 = 40;
 fn saved(engine: &mut Engine, sidecar: &Sidecar, name: &str, blocks: u64) {
     until("the session is saved", || {
         engine.step();
-        sidecar.get(&format!("/v1/sessions/{name}"))["blocks"]["host"] == blocks
+        let session = sidecar.find(&format!("/v1/sessions/{name}"));
+        session.is_some_and(|session| session["blocks"]["host"] == blocks)
     });
 }
 
@@ -54,10 +56,7 @@ fn evict(engine: &mut Engine, chain: &[kvstore::BlockHash]) {
 fn hear(engine: &mut Engine) {
     let hooks = &mut engine.hooks;
     hooks.turn_started("probe", None, &session(2, 99), Instant::now());
-    until("the probe is answered", || {
-        let found = hooks.match_prefix("probe", (0, 1), Holders::default(), Instant::now());
-        found != Match::Pending
-    });
+    until("the probe is answered", || hooks.is_answered("probe"));
     hooks.turn_ended("probe", &[], Instant::now());
 }
 

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use greenroom_tests::random::{Random, from_environment, seed};
 use kvstore::{
-    BlockHash, Effects, LeaseId, Namespace, Owner, PinOutcome, SlotId, Store, StoreConfig,
-    StoreError, Term,
+    BlockHash, Effects, LeaseId, Namespace, Owner, PinOutcome, Presence, SlotId, Store,
+    StoreConfig, StoreError, Term,
 };
 
 use crate::events::{Event, Source};
@@ -164,7 +164,9 @@ impl Pair {
         let source = Source::new(Random::new(random.number()));
         let universe = source.universe();
         Self {
-            store: Store::new(config).unwrap(),
+            store: Store::new(config)
+                .unwrap()
+                .shown_in(Presence::create(slots).unwrap().0),
             naive: Naive::new(config),
             source,
             universe,

@@ -166,8 +166,10 @@ impl Rig {
 
     /// What the arena has of an agent, in blocks.
     pub(crate) fn in_arena(&self, agent: &Agent) -> usize {
-        let view = self.sidecar.get(&format!("/v1/sessions/{}", agent.name));
-        usize::try_from(view["blocks"]["host"].as_u64().unwrap()).unwrap()
+        let view = self.sidecar.find(&format!("/v1/sessions/{}", agent.name));
+        view.map_or(0, |view| {
+            usize::try_from(view["blocks"]["host"].as_u64().unwrap()).unwrap()
+        })
     }
 
     /// Steps until all of an agent is in the arena.

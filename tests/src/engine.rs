@@ -61,6 +61,7 @@ pub struct Engine {
     loaded: Vec<String>,
     invalid: Vec<GpuBlock>,
     requests: u32,
+    lookup_wait: Duration,
     /// Blocks that running requests will still need.
     pub reserve: usize,
     /// Whether it is at work.
@@ -173,6 +174,7 @@ impl Engine {
             loaded: Vec::new(),
             invalid: Vec::new(),
             requests: 0,
+            lookup_wait: options.lookup_wait,
             reserve: 0,
             mode: StepMode::Busy,
             reloaded: 0,
@@ -216,6 +218,17 @@ impl Engine {
         });
     }
 
+    /// Steps until the sidecar has answered, as it does within one step of a real engine, or takes too long.
+    fn until_answered(&mut self, request: &str) {
+        let enqueued = Instant::now();
+        until("the sidecar has answered", || {
+            self.step();
+            self.hooks.is_answered(request)
+                || !self.hooks.figures().ready
+                || enqueued.elapsed() > self.lookup_wait
+        });
+    }
+
     /// Serves one request of `session` whose full blocks are `chain`, and frees its blocks. The last block is always
     /// computed, as a request always computes a token.
     pub fn turn(&mut self, session: Option<&str>, chain: &[BlockHash]) -> Turn {
@@ -223,6 +236,7 @@ impl Engine {
         let request = format!("request-{}", self.requests);
         self.hooks
             .turn_started(&request, session, chain, Instant::now());
+        self.until_answered(&request);
         let useful = chain.len() - 1;
         let (mut local, mut hit) = (0, 0);
         until("the lookup is answered", || {
@@ -310,6 +324,7 @@ impl Engine {
         let request = format!("request-{}", self.requests);
         self.hooks
             .turn_started(&request, Some(session), chain, Instant::now());
+        self.until_answered(&request);
         let mut hit = None;
         until("the lookup is answered", || {
             self.step();

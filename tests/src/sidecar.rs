@@ -74,7 +74,7 @@ impl Sidecar {
             });
         });
         (self.stop, self.thread) = (Some(stop), Some(thread));
-        until("the sidecar answers", || self.try_get("/healthz").is_some());
+        until("the sidecar answers", || self.find("/healthz").is_some());
     }
 
     /// Ends it as SIGTERM would.
@@ -108,7 +108,8 @@ impl Sidecar {
         &self.url
     }
 
-    fn try_get(&self, path: &str) -> Option<Value> {
+    /// `GET` of what may not be there yet.
+    pub fn find(&self, path: &str) -> Option<Value> {
         ureq::get(format!("{}{path}", self.url))
             .call()
             .ok()?

@@ -5,7 +5,7 @@ mod messages;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::Ordering;
 
-use kvstore::{Geometry, Namespace, NamespaceId, Owner};
+use kvstore::{Geometry, Namespace, NamespaceId, Owner, PresenceFile};
 
 use super::{Actor, count};
 use crate::commands::EngineView;
@@ -23,14 +23,14 @@ const REQUESTS_MAX: usize = 4096;
 pub struct ConnectionId(pub u64);
 
 /// What a welcome says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Admitted {
     /// Identifies this start of the sidecar.
     pub boot: u64,
-    /// Bytes of the arena.
-    pub arena_bytes: u64,
     /// Bytes of one slot.
     pub slot_bytes: u64,
+    /// Shows which blocks are readable.
+    pub presence: PresenceFile,
     /// Whether the process is new: somebody has to tell when it has exited.
     pub watch: bool,
 }
@@ -219,7 +219,7 @@ impl Actor {
         {
             return Err(format!("rank {rank} of {} does not exist", hello.ranks));
         }
-        let slot_bytes = self.cut_for(&geometry)?;
+        let (slot_bytes, presence) = self.cut_for(&geometry)?;
         let key = known.unwrap_or_else(|| EngineKey(self.engines.next()));
         let engine = self
             .engines
@@ -274,8 +274,8 @@ impl Actor {
         tracing::info!(engine = %hello.engine, role = ?hello.role, process, "engine connected");
         Ok(Admitted {
             boot: self.config.boot,
-            arena_bytes: self.config.arena_bytes,
             slot_bytes,
+            presence,
             watch,
         })
     }

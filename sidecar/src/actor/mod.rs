@@ -13,7 +13,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use kvstore::{BlockHash, Counts, Effects, Geometry, Owner, Store, StoreConfig, StoreError, Term};
+use kvstore::{
+    BlockHash, Counts, Effects, Geometry, Owner, Presence, PresenceFile, Store, StoreConfig,
+    StoreError, Term,
+};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 pub use self::engines::{Admitted, ConnectionId};
@@ -97,6 +100,8 @@ pub enum Event {
 struct Cut {
     slot_bytes: u64,
     store: Store,
+    /// Shows engines which of its blocks are readable.
+    presence: PresenceFile,
 }
 
 /// The task's state.
@@ -448,12 +453,12 @@ impl Actor {
     }
 
     /// Cuts the arena into slots of an engine's size, if it can be.
-    fn cut_for(&mut self, geometry: &Geometry) -> Result<u64, String> {
+    fn cut_for(&mut self, geometry: &Geometry) -> Result<(u64, PresenceFile), String> {
         geometry.validate().map_err(|error| error.to_string())?;
         let slot_bytes = geometry.slot_bytes();
         if let Some(cut) = &self.cut {
             if cut.slot_bytes == slot_bytes {
-                return Ok(slot_bytes);
+                return Ok((slot_bytes, cut.presence.clone()));
             }
             if !self.engines.is_empty() {
                 return Err(format!(
@@ -483,9 +488,15 @@ impl Actor {
             ),
             other => other.to_string(),
         })?;
-        self.cut = Some(Cut { slot_bytes, store });
+        let made = Presence::create(slots).map_err(|error| error.to_string())?;
+        let (presence, file) = made;
+        self.cut = Some(Cut {
+            slot_bytes,
+            store: store.shown_in(presence),
+            presence: file.clone(),
+        });
         self.engines.forget_namespaces();
-        Ok(slot_bytes)
+        Ok((slot_bytes, file))
     }
 
     fn view(&self, session: &Session, now: Instant) -> SessionView {

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use kvstore::ArenaMap;
+use kvstore::{ArenaMap, Presence};
 use parking_lot::{Condvar, Mutex};
 
 use super::frames::{FrameError, Hello, Rising, ToEngine, ToSidecar, decode, encode};
@@ -45,6 +45,8 @@ pub enum Inbound {
         boot: u64,
         /// Messages to this sidecar over this connection, and over no other.
         outbox: Outbox,
+        /// Which blocks this sidecar need not be asked for.
+        presence: Option<Presence>,
     },
     /// The sidecar answered with a refusal; tried again later.
     Refused(String),
@@ -297,15 +299,19 @@ impl Supervisor {
 
     /// Connects once and reads until the connection ends; `Err` if it never was made.
     fn serve_one_connection(&self) -> io::Result<()> {
-        let (stream, answer, _) = greet(&self.socket, &self.hello)?;
-        let boot = match answer {
-            ToEngine::Welcome { boot, .. } => boot,
+        let (stream, answer, descriptor) = greet(&self.socket, &self.hello)?;
+        let (boot, file_bytes) = match answer {
+            ToEngine::Welcome {
+                boot, file_bytes, ..
+            } => (boot, file_bytes),
             ToEngine::Refused { reason } => {
                 self.deliver(Inbound::Refused(reason.clone()))?;
                 return Err(io::Error::other(reason));
             }
             _ => return Err(invalid(FrameError::Malformed)),
         };
+        let presence = descriptor.map(|file| Presence::open(file, file_bytes));
+        let presence = presence.transpose().map_err(io::Error::other)?;
         let (outbox, frames) = self.outbox();
         if !self.shared.connected(&stream)? {
             return Ok(());
@@ -325,7 +331,11 @@ impl Supervisor {
             }
         })?;
         let ended = self
-            .deliver(Inbound::Connected { boot, outbox })
+            .deliver(Inbound::Connected {
+                boot,
+                outbox,
+                presence,
+            })
             .and_then(|()| self.read(&stream));
         self.shared.disconnect();
         if let Err(error) = ended
@@ -447,12 +457,12 @@ fn attend(
     on_arena: &mut OnArena,
 ) -> io::Result<()> {
     let (stream, answer, descriptor) = greet(socket, hello)?;
-    let (boot, arena_bytes, slot_bytes) = match answer {
+    let (boot, file_bytes, slot_bytes) = match answer {
         ToEngine::Welcome {
             boot,
-            arena_bytes,
+            file_bytes,
             slot_bytes,
-        } => (boot, arena_bytes, slot_bytes),
+        } => (boot, file_bytes, slot_bytes),
         ToEngine::Refused { reason } => return Err(io::Error::other(reason)),
         _ => return Err(invalid(FrameError::Malformed)),
     };
@@ -462,7 +472,7 @@ fn attend(
     if *attached != Some(boot) {
         let descriptor =
             descriptor.ok_or_else(|| io::Error::other("the welcome came without the arena"))?;
-        let map = ArenaMap::map(descriptor, arena_bytes).map_err(io::Error::other)?;
+        let map = ArenaMap::map(descriptor, file_bytes).map_err(io::Error::other)?;
         on_arena(MappedArena {
             boot,
             map: Arc::new(map),

@@ -433,12 +433,12 @@ impl Wish {
 /// Messages to an engine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToEngine {
-    /// Answers a hello; the arena's descriptor comes with it.
+    /// Answers a hello. A descriptor comes with it: a worker's is the arena, the scheduler side's the presence filter.
     Welcome {
         /// Identifies this start of the sidecar, and so the arena.
         boot: u64,
-        /// Bytes of the arena.
-        arena_bytes: u64,
+        /// Bytes of the file that comes with it.
+        file_bytes: u64,
         /// Bytes of one slot.
         slot_bytes: u64,
     },

@@ -179,6 +179,7 @@ async fn serve(
         ));
     };
     let (outbox, frames, cut) = outbox();
+    let role = hello.role;
     let admitted = match admit(peer, hello, outbox, actor).await? {
         Ok(admitted) => admitted,
         Err(reason) => return refuse(&writer, sequence, reason).await,
@@ -186,13 +187,17 @@ async fn serve(
     if kvstore::fault!("server::welcome::kill") {
         return Err(io::ErrorKind::ConnectionReset.into());
     }
+    let file = match role {
+        Role::Worker { .. } => arena,
+        Role::Scheduler => &*admitted.presence,
+    };
     let answer = ToEngine::Welcome {
         boot: admitted.boot,
-        arena_bytes: admitted.arena_bytes,
+        file_bytes: file.bytes(),
         slot_bytes: admitted.slot_bytes,
     };
     let frame = encode(sequence, &answer).map_err(invalid)?;
-    tokio::time::timeout(HELLO_TIMEOUT, welcome(&writer, &frame, Some(arena.fd()))).await??;
+    tokio::time::timeout(HELLO_TIMEOUT, welcome(&writer, &frame, Some(file.fd()))).await??;
     let writing = tokio::spawn(write(writer, frames));
     let ended = tokio::select! {
         ended = listen(&mut reader, peer.connection, actor) => ended,

@@ -5,7 +5,7 @@ use std::time::Instant;
 use kvstore::{GpuBlock, SlotId};
 
 use super::jobs::Work;
-use super::turns::{Answer, Lookup, Turn};
+use super::turns::{Answer, Lookup};
 use super::{COPY_PATIENCE, Holders, LOAD_STEPS_MAX, Match, SchedulerHooks};
 use crate::engine::frames::{Hashes, ToSidecar};
 use crate::planner::budget;
@@ -22,8 +22,8 @@ impl SchedulerHooks {
         let Some(turn) = self.turns.get_mut(request) else {
             return Match::Miss;
         };
-        self.figures.prefetch_used += count_prefetched(turn, local);
         turn.local = local;
+        self.figures.prefetch_used += turn.take_used();
         let blocks_max = blocks_max.min(turn.hashes.len());
         if local < blocks_max && self.jobs.is_loading(&turn.hashes[local]) {
             let since = *turn.waiting_for_copy.get_or_insert(now);
@@ -32,12 +32,16 @@ impl SchedulerHooks {
             }
         }
         turn.waiting_for_copy = None;
-        let wasted = std::mem::take(&mut turn.prefetched).len();
-        self.figures.prefetch_wasted += u64::try_from(wasted).unwrap_or(u64::MAX);
+        self.figures.prefetch_wasted += turn.take_wasted();
         if !ready {
             return Match::Miss;
         }
         let mut released = Vec::new();
+        if local < blocks_max && self.connection.stored.lacks(&turn.hashes[local]) {
+            // It is not worth the step that asking takes.
+            turn.give_back(&mut released);
+            turn.lookup = Lookup::Nothing { from: local };
+        }
         let answer = turn.answer(
             local,
             blocks_max,
@@ -98,6 +102,7 @@ impl SchedulerHooks {
             return;
         };
         turn.steps_without_room = 0;
+        turn.begun = true;
         let offered = turn.offered.take();
         if gpu_blocks.is_empty() {
             let mut released = Vec::new();
@@ -150,12 +155,4 @@ impl SchedulerHooks {
         self.ship(work, boot.unwrap_or(0), &pairs);
         self.work_due = true;
     }
-}
-
-/// Prefetched positions below `local`: the request uses them. The others stay in the turn.
-fn count_prefetched(turn: &mut Turn, local: usize) -> u64 {
-    let before = turn.prefetched.len();
-    turn.prefetched
-        .retain(|position| usize::try_from(*position).is_ok_and(|p| p >= local));
-    u64::try_from(before - turn.prefetched.len()).unwrap_or(u64::MAX)
 }

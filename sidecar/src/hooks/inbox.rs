@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use kvstore::{BlockHash, SlotId};
+use kvstore::{BlockHash, Presence, SlotId};
 
+use super::stored::Stored;
 use super::turns::{LeasedRun, Lookup};
 use super::watch::NewWant;
 use super::{Connection, RETIRED_BLOCKS, SchedulerHooks};
@@ -27,7 +28,11 @@ impl SchedulerHooks {
                 return;
             };
             match inbound {
-                Inbound::Connected { boot, outbox } => self.connected(boot, outbox),
+                Inbound::Connected {
+                    boot,
+                    outbox,
+                    presence,
+                } => self.connected(boot, outbox, presence),
                 Inbound::Refused(reason) => {
                     tracing::error!(reason, "the sidecar refuses this engine")
                 }
@@ -41,11 +46,12 @@ impl SchedulerHooks {
         }
     }
 
-    pub(super) fn connected(&mut self, boot: u64, outbox: Outbox) {
+    pub(super) fn connected(&mut self, boot: u64, outbox: Outbox, presence: Option<Presence>) {
         self.connection = Connection {
             number: self.connection.number + 1,
             boot: Some(boot),
             outbox: Some(outbox),
+            stored: Stored::shown_by(presence),
             ..Connection::default()
         };
         if let Some(id) = self.namespace {
@@ -58,6 +64,7 @@ impl SchedulerHooks {
     pub(super) fn disconnected(&mut self) {
         self.connection.boot = None;
         self.connection.outbox = None;
+        self.connection.stored = Stored::default();
         self.connection.workers_ready = false;
         self.saves.disconnect();
         // Void with the connection: there is nobody to give them back to.
@@ -76,6 +83,7 @@ impl SchedulerHooks {
     }
 
     fn message(&mut self, sequence: u64, message: ToEngine, at: Instant) {
+        self.connection.stored.answered(sequence);
         if self.connection.opening.is_some() && self.is_stale(sequence, &message) {
             return;
         }
@@ -198,6 +206,11 @@ impl SchedulerHooks {
             turn.session = Some(session);
             let (fetched, late) = self.watch.turn_begins(session);
             turn.prefetched = fetched;
+            if turn.begun {
+                // It did not wait for this answer.
+                self.figures.prefetch_used += turn.take_used();
+                self.figures.prefetch_wasted += turn.take_wasted();
+            }
             self.figures.prefetch_late += u64::try_from(late).unwrap_or(u64::MAX);
         }
         let late = match turn.lookup {
@@ -252,7 +265,11 @@ mod tests {
         let (link, sidecar) = SchedulerLink::pair(socket, hello, Box::new(|| {}));
         let (outbox, frames) = sidecar.outbox();
         let mut hooks = SchedulerHooks::over(link, config());
-        let connected = Inbound::Connected { boot: 1, outbox };
+        let connected = Inbound::Connected {
+            boot: 1,
+            outbox,
+            presence: None,
+        };
         sidecar.deliver(connected).expect("room in the inbox");
         let mut leases = 0..2 * MESSAGES_MAX as u64;
         for lease in leases.clone() {

@@ -13,6 +13,7 @@ mod jobs;
 mod pool;
 mod saves;
 mod steps;
+mod stored;
 #[cfg(test)]
 pub(crate) mod testkit;
 mod turns;
@@ -31,6 +32,7 @@ pub use crate::engine::client::Waker;
 
 use self::jobs::Jobs;
 use self::saves::Saves;
+use self::stored::Stored;
 use self::turns::{Lookup, Turns};
 use self::watch::{Touches, View, Watch, WatchLimits};
 use crate::engine;
@@ -164,6 +166,7 @@ struct Connection {
     number: u64,
     boot: Option<u64>,
     outbox: Option<Outbox>,
+    stored: Stored,
     workers_ready: bool,
     fenced: bool,
     /// Number of the `OpenNamespace` that is not answered yet: until it is, every lease that arrives belongs to an
@@ -344,6 +347,14 @@ impl SchedulerHooks {
         let answer = self.weigh(request, (local, blocks_max), holders, now);
         self.time(Hook::MatchPrefix, now);
         answer
+    }
+
+    /// Whether the sidecar has answered that the request was enqueued. Requests do not wait for it: it is for simulated
+    /// engines, whose steps take no time.
+    pub fn is_answered(&mut self, request: &str) -> bool {
+        self.receive();
+        let turn = self.turns.get_mut(request);
+        turn.is_some_and(|turn| turn.session.is_some())
     }
 
     /// More blocks of a running request are full; `full` counts all of them.

@@ -237,10 +237,14 @@ impl SchedulerHooks {
             Work::Save { lease, blocks, .. } => {
                 saves::finish(&blocks, pool);
                 if same {
-                    self.send(&ToSidecar::Settle {
+                    let sent = self.send(&ToSidecar::Settle {
                         lease,
                         commit: good,
                     });
+                    if let Some(sequence) = sent.filter(|_| good) {
+                        let hashes = blocks.iter().map(|block| block.hash).collect();
+                        self.connection.stored.committed(sequence, hashes);
+                    }
                 }
                 None
             }

@@ -79,6 +79,8 @@ pub(super) struct Turn {
     pub(super) steps_without_room: u32,
     /// Since when it waits for a prefetch of its own blocks.
     pub(super) waiting_for_copy: Option<Instant>,
+    /// Whether it has got its blocks: it began with the `local` ones.
+    pub(super) begun: bool,
     /// Positions that were prefetched for it and not yet judged used or wasted.
     pub(super) prefetched: Vec<u32>,
 }
@@ -108,6 +110,7 @@ impl Turn {
             offered: None,
             steps_without_room: 0,
             waiting_for_copy: None,
+            begun: false,
             prefetched: Vec::new(),
         }
     }
@@ -139,6 +142,19 @@ impl Turn {
             }
             Lookup::Ready(run) => Answer::Hit(run.end().min(blocks_max) - local),
         }
+    }
+
+    /// Counts the prefetched blocks that it uses: those of the `local` ones. The others stay.
+    pub(super) fn take_used(&mut self) -> u64 {
+        let (before, local) = (self.prefetched.len(), self.local);
+        self.prefetched
+            .retain(|position| usize::try_from(*position).is_ok_and(|p| p >= local));
+        u64::try_from(before - self.prefetched.len()).unwrap_or(u64::MAX)
+    }
+
+    /// Counts the prefetched blocks that it does not use.
+    pub(super) fn take_wasted(&mut self) -> u64 {
+        u64::try_from(std::mem::take(&mut self.prefetched).len()).unwrap_or(u64::MAX)
     }
 
     /// Forgets what was found; the lease goes to `released`.

@@ -190,7 +190,7 @@ fn to_engine() -> impl Iterator<Item = (&'static str, ToEngine)> {
     };
     let welcome = ToEngine::Welcome {
         boot: 0x1234_5678_9abc_def0,
-        arena_bytes: 8 << 30,
+        file_bytes: 8 << 30,
         slot_bytes: 2 << 20,
     };
     let refused = ToEngine::Refused {

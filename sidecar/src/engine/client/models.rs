@@ -100,7 +100,11 @@ fn idle_engine(deliver: Deliver, pause: Pause) {
     let (outbox, frames) = supervisor.outbox();
     let mut hooks = SchedulerHooks::over(link, config());
     let reader = thread::spawn(move || {
-        let connected = Inbound::Connected { boot: 1, outbox };
+        let connected = Inbound::Connected {
+            boot: 1,
+            outbox,
+            presence: None,
+        };
         deliver(&supervisor, connected).unwrap();
         for lease in 0..LEASES {
             deliver(&supervisor, late_match(lease)).unwrap();

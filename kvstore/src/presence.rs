@@ -1,0 +1,215 @@
+//! Which blocks are readable, roughly, in memory that engines see: whoever finds that a block is not there need not ask.
+//!
+//! A counting Bloom filter (Fan et al., "Summary Cache", 1998) over the hashes of all namespaces: each block counts in
+//! [`CELLS_PER_BLOCK`] of [`CELLS_PER_SLOT`] bytes for each slot, so that a full arena says "perhaps" of one absent block in
+//! 417, by (1 - e^(-k/m))^k. It never says "no" of a block that is readable, except of one published a moment ago: memory
+//! that another process writes says nothing about order.
+//!
+//! One process writes, the store's. It maps the file before it seals it (FUTURE_WRITE), so that nobody else can. Owns its mapping and the one `unsafe` that shows it as atomics.
+#![allow(unsafe_code, reason = "shared memory is shown as atomics")]
+
+use std::hash::{BuildHasher, BuildHasherDefault};
+use std::os::fd::{AsFd, OwnedFd};
+use std::slice;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use rustix::fs::SealFlags;
+use rustix::mm::ProtFlags;
+
+use crate::arena::{ArenaFile, ArenaMap, PageSize, check_seals};
+use crate::error::ArenaError;
+use crate::ids::{BlockHash, low_half, u64_from, usize_from_u64};
+use crate::index::DigestHasher;
+
+/// Counters for each slot: m.
+const CELLS_PER_SLOT: u64 = 16;
+/// Counters that one block adds to: k.
+const CELLS_PER_BLOCK: u64 = 4;
+/// Nobody who has no mapping yet can write, and that stays.
+const NO_OTHER_WRITER: SealFlags = SealFlags::FUTURE_WRITE.union(SealFlags::SEAL);
+/// A counter that has got there stays: how many it stands for is forgotten.
+const FULL: u8 = u8::MAX;
+
+/// The filter, mapped in this process.
+#[derive(Debug)]
+pub struct Presence {
+    map: ArenaMap,
+}
+
+/// The filter's file, to be sent to those who read it.
+pub type PresenceFile = Arc<ArenaFile>;
+
+impl Presence {
+    /// An empty filter for a store of so many slots, and its file.
+    ///
+    /// # Errors
+    /// `OutOfMemory`, `System`.
+    pub fn create(slots: u32) -> Result<(Self, PresenceFile), ArenaError> {
+        let pages = PageSize::Base4K;
+        let bytes = (u64::from(slots.max(1)) * CELLS_PER_SLOT).next_multiple_of(pages.bytes());
+        let file = ArenaFile::fixed("greenroom-presence", bytes, pages)?;
+        let map = ArenaMap::of(file.fd(), bytes, ProtFlags::READ | ProtFlags::WRITE)?;
+        // Now, where a lack of memory is an error: later it would be a SIGBUS.
+        map.populate(1)?;
+        file.seal(NO_OTHER_WRITER)?;
+        Ok((Self { map }, Arc::new(file)))
+    }
+
+    /// Maps a filter of which somebody sent the descriptor, to read it.
+    ///
+    /// # Errors
+    /// As [`ArenaMap::map`].
+    pub fn open(fd: OwnedFd, bytes: u64) -> Result<Self, ArenaError> {
+        check_seals(fd.as_fd(), NO_OTHER_WRITER, SealFlags::empty())?;
+        let map = ArenaMap::of(fd.as_fd(), bytes, ProtFlags::READ)?;
+        Ok(Self { map })
+    }
+
+    /// Whether the block may be readable, in some namespace. False: it is not, or has been for a moment only.
+    pub fn may_have(&self, hash: &BlockHash) -> bool {
+        self.cells_of(hash)
+            .all(|cell| cell.load(Ordering::Relaxed) > 0)
+    }
+
+    pub(crate) fn add(&self, hash: &BlockHash) {
+        for cell in self.cells_of(hash) {
+            // There is no other writer.
+            let count = cell.load(Ordering::Relaxed);
+            cell.store(count.saturating_add(1), Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn remove(&self, hash: &BlockHash) {
+        for cell in self.cells_of(hash) {
+            let count = cell.load(Ordering::Relaxed);
+            if count != FULL {
+                assert!(count > 0, "{hash:?} was never counted as present");
+                cell.store(count - 1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Recounts it; for the audit.
+    ///
+    /// # Panics
+    /// If it does not count exactly these blocks.
+    pub(crate) fn check<'a>(&self, readable: impl Iterator<Item = &'a BlockHash>) {
+        let mut counts = vec![0_u8; self.cells().len()];
+        for position in readable.flat_map(|hash| self.positions(hash)) {
+            counts[position] = counts[position].saturating_add(1);
+        }
+        for (position, (cell, count)) in self.cells().iter().zip(counts).enumerate() {
+            let cell = cell.load(Ordering::Relaxed);
+            assert!(
+                cell == count || cell == FULL,
+                "cell {position} of the presence filter counts {cell} blocks and {count} are readable"
+            );
+        }
+    }
+
+    fn cells_of(&self, hash: &BlockHash) -> impl Iterator<Item = &AtomicU8> {
+        let cells = self.cells();
+        self.positions(hash).map(|position| &cells[position])
+    }
+
+    /// Double hashing (Kirsch and Mitzenmacher, 2006): the digest, and its sum with multiples of its other half, each as a
+    /// fraction of one, times the number of cells.
+    fn positions(&self, hash: &BlockHash) -> impl Iterator<Item = usize> + use<> {
+        let digest = BuildHasherDefault::<DigestHasher>::default().hash_one(hash);
+        let bytes = u128::from(self.map.bytes());
+        (0..CELLS_PER_BLOCK).map(move |n| {
+            let fraction = digest.wrapping_add(n.wrapping_mul(digest.rotate_left(32)));
+            usize_from_u64(low_half((u128::from(fraction) * bytes) >> 64))
+        })
+    }
+
+    fn cells(&self) -> &[AtomicU8] {
+        let (base, len) = (self.map.base(), usize_from_u64(self.map.bytes()));
+        debug_assert_eq!(u64_from(len), self.map.bytes());
+        // SAFETY: the bytes are mapped while `self.map` lives, and `AtomicU8` is laid out like `u8`. The mapping is this
+        // value's own, so that nobody in this process sees the bytes as anything but atomics; the one process that writes
+        // uses atomics too. Where the mapping is for reading only they are loaded only: what stores is of this crate and
+        // called on the value that `create` has made.
+        unsafe { slice::from_raw_parts(base.as_ptr().cast::<AtomicU8>(), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hash(n: u32) -> BlockHash {
+        let mut bytes = [0; 32];
+        bytes[..4].copy_from_slice(&n.wrapping_mul(0x9e37_79b1).to_le_bytes());
+        bytes[8..12].copy_from_slice(&n.to_be_bytes());
+        BlockHash(bytes)
+    }
+
+    fn pair(slots: u32) -> (Presence, Presence) {
+        let (writer, file) = Presence::create(slots).unwrap();
+        let fd = file.fd().try_clone_to_owned().unwrap();
+        let reader = Presence::open(fd, file.bytes()).unwrap();
+        (writer, reader)
+    }
+
+    #[test]
+    fn a_reader_sees_what_comes_and_goes() {
+        let (writer, reader) = pair(8);
+        assert!(!reader.may_have(&hash(1)));
+        writer.add(&hash(1));
+        writer.add(&hash(1));
+        writer.remove(&hash(1));
+        assert!(
+            reader.may_have(&hash(1)),
+            "of two namespaces one still has it"
+        );
+        writer.remove(&hash(1));
+        assert!(!reader.may_have(&hash(1)));
+    }
+
+    #[test]
+    fn a_full_arena_says_perhaps_of_few_absent_blocks() {
+        let slots = 20_000;
+        let (writer, reader) = pair(slots);
+        (0..slots).for_each(|n| writer.add(&hash(n)));
+        assert!((0..slots).all(|n| reader.may_have(&hash(n))));
+        let perhaps = (slots..2 * slots).filter(|n| reader.may_have(&hash(*n)));
+        assert!(perhaps.count() < 80, "one in 417 is 48");
+        writer.check((0..slots).map(hash).collect::<Vec<_>>().iter());
+        (0..slots).for_each(|n| writer.remove(&hash(n)));
+        assert!(!(0..slots).any(|n| reader.may_have(&hash(n))));
+    }
+
+    #[test]
+    fn nobody_else_can_write() {
+        let (_, file) = Presence::create(8).unwrap();
+        let (read, write) = (ProtFlags::READ, ProtFlags::WRITE);
+        let mapped = ArenaMap::of(file.fd(), file.bytes(), read | write);
+        assert!(
+            matches!(mapped, Err(ArenaError::System { .. })),
+            "{mapped:?}"
+        );
+        let arena = ArenaFile::create(file.bytes(), PageSize::Base4K).unwrap();
+        let fd = arena.fd().try_clone_to_owned().unwrap();
+        let opened = Presence::open(fd, arena.bytes());
+        assert!(matches!(opened, Err(ArenaError::NotSealed)), "{opened:?}");
+    }
+
+    #[test]
+    fn a_counter_that_is_full_stays() {
+        let (writer, reader) = pair(1);
+        (0..300).for_each(|_| writer.add(&hash(1)));
+        (0..300).for_each(|_| writer.remove(&hash(1)));
+        assert!(reader.may_have(&hash(1)));
+        writer.check(std::iter::empty());
+    }
+
+    #[test]
+    #[should_panic(expected = "counts 1 blocks and 0 are readable")]
+    fn a_block_that_was_not_taken_out_is_found() {
+        let (writer, _) = pair(1);
+        writer.add(&hash(1));
+        writer.check(std::iter::empty());
+    }
+}
