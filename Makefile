@@ -32,7 +32,7 @@ FUZZ_TARGETS ?= frames plan bodies config machine
 SECONDS ?= 20
 SANITIZER ?= $(if $(NIGHTLY),address,none)
 # Left out: valgrind shows a process maps of its own making, and one test reads them.
-UNSAFE_TESTS := arena device host conformance thread --skip forked_children
+UNSAFE_TESTS := arena presence device host conformance thread --skip forked_children
 # vLLM 0.32 wants Python 3.11 or newer; uv takes one from the machine or fetches it.
 VLLM_PYTHON := >=3.11,<3.15
 export UV_NO_PROGRESS := 1

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use greenroom_benches::{Bar, Limit, Options, Random, Result, Samples, judge, round, thread_cpu};
 use kvstore::{
-    BlockHash, Namespace, NamespaceId, Owner, Store, StoreConfig, Term, u64_from, usize_from,
+    BlockHash, Namespace, NamespaceId, Owner, Presence, Store, StoreConfig, Term, u64_from,
+    usize_from,
 };
 use serde_json::{Value, json};
 
@@ -86,7 +87,8 @@ impl Bench {
             lease_ttl_max: Duration::from_secs(30),
             leases_max: 1024,
             namespaces_max: 16,
-        })?;
+        })?
+        .shown_in(Presence::create(STORED)?);
         let namespace = store.open_namespace(NamespaceId([7; 32]))?;
         let mut bench = Self {
             store,

@@ -1,6 +1,6 @@
 //! The arena: a sealed memfd that the sidecar owns, and a shared mapping of it in every process that copies.
 //!
-//! Owns the descriptor and the mapping, and all `unsafe` of this crate. Never reads or writes a block: other processes
+//! Owns the descriptor and the mapping. Never reads or writes a block: other processes
 //! write this memory, so there is no safe slice of it to hand out; copy engines take the base address and argue themselves.
 //!
 //! Seals: SHRINK and GROW, so that no page of a mapping can vanish under a reader (SIGBUS), and SEAL, so that nobody adds
@@ -72,13 +72,13 @@ impl ArenaFile {
     /// # Errors
     /// `BadSize`, `NoHugePages`, `OutOfMemory`, `System`.
     pub fn create(bytes: u64, pages: PageSize) -> Result<Self, ArenaError> {
-        let file = Self::fixed("greenroom-arena", bytes, pages)?;
+        let file = Self::unsealed("greenroom-arena", bytes, pages)?;
         file.seal(SealFlags::SEAL)?;
         Ok(file)
     }
 
-    /// A file of that size for good, which can be sealed further. `/proc/*/maps` shows the name.
-    pub(crate) fn fixed(name: &str, bytes: u64, pages: PageSize) -> Result<Self, ArenaError> {
+    /// The same, of fixed size, for its caller to seal further. `/proc/*/maps` shows the name.
+    pub(crate) fn unsealed(name: &str, bytes: u64, pages: PageSize) -> Result<Self, ArenaError> {
         if bytes == 0 || !bytes.is_multiple_of(pages.bytes()) {
             return Err(ArenaError::BadSize {
                 bytes,
@@ -135,11 +135,15 @@ impl ArenaMap {
     pub fn map(fd: OwnedFd, bytes: u64) -> Result<Self, ArenaError> {
         let forbidden = SealFlags::WRITE | SealFlags::FUTURE_WRITE;
         check_seals(fd.as_fd(), SealFlags::SEAL, forbidden)?;
-        Self::of(fd.as_fd(), bytes, ProtFlags::READ | ProtFlags::WRITE)
+        Self::over(fd.as_fd(), bytes, ProtFlags::READ | ProtFlags::WRITE)
     }
 
     /// As [`Self::map`], for any file of fixed size.
-    pub(crate) fn of(fd: BorrowedFd<'_>, bytes: u64, prot: ProtFlags) -> Result<Self, ArenaError> {
+    pub(crate) fn over(
+        fd: BorrowedFd<'_>,
+        bytes: u64,
+        prot: ProtFlags,
+    ) -> Result<Self, ArenaError> {
         check_seals(fd, FIXED_SIZE, SealFlags::empty())?;
         let stat = rustix::fs::fstat(fd).map_err(|errno| system(errno, "fstat of the arena"))?;
         let actual = u64::try_from(stat.st_size).unwrap_or(0);
@@ -176,7 +180,7 @@ impl ArenaMap {
         self.base
     }
 
-    /// Has the kernel back every page now, with several threads, so that the first copies do not pay for it and a lack of
+    /// Has the kernel back every page now, with so many threads (with one, on the caller's), so that the first copies do not pay for it and a lack of
     /// memory shows at start. Changes no content.
     ///
     /// # Errors
@@ -184,6 +188,11 @@ impl ArenaMap {
     pub fn populate(&self, threads: usize) -> Result<(), ArenaError> {
         let threads = threads.clamp(1, POPULATE_THREADS_MAX);
         let chunk = usize_from_u64(POPULATE_CHUNK);
+        if threads == 1 {
+            let mut starts = (0..self.len).step_by(chunk);
+            return starts
+                .try_for_each(|start| self.populate_chunk(start, chunk.min(self.len - start)));
+        }
         thread::scope(|scope| {
             let workers: Vec<_> = (0..threads)
                 .map(|first| {
@@ -231,7 +240,7 @@ impl ArenaMap {
     /// For kernels before 5.14: an atomic write of what is there already backs the page without changing it.
     fn touch_chunk(&self, start: usize, len: usize) {
         for offset in (start..start + len).step_by(usize_from_u64(BASE_PAGE)) {
-            // SAFETY: the byte lies in the mapping, which is writable; atomics have no alignment beyond one byte here.
+            // SAFETY: the byte lies in the mapping, which is writable where it is populated; atomics have no alignment beyond one byte here.
             let byte = unsafe { AtomicU8::from_ptr(self.base.add(offset).as_ptr()) };
             // A zero the optimiser cannot see: it makes a load, or nothing at all, of one it can.
             byte.fetch_or(black_box(0), Ordering::Relaxed);
@@ -241,7 +250,7 @@ impl ArenaMap {
 
 impl Drop for ArenaMap {
     fn drop(&mut self) {
-        // SAFETY: base and length are those of the mapping, made in `map` and never changed; whoever uses the address keeps
+        // SAFETY: base and length are those of the mapping, made in `over` and never changed; whoever uses the address keeps
         // the `ArenaMap` alive, as `base` demands.
         let outcome = unsafe { rustix::mm::munmap(self.base.as_ptr().cast::<c_void>(), self.len) };
         assert!(outcome.is_ok(), "unmapping the arena failed: {outcome:?}");

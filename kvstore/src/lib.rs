@@ -28,10 +28,10 @@
 //! - A namespace is everything besides the hash that decides a block's bytes. Resetting it starts a new epoch; a handle of
 //!   an older epoch finds nothing.
 //!
-//! A [`Presence`] shows engines which blocks need not be asked for.
+//! A [`Presence`], which the store writes, shows engines which blocks need not be asked for.
 //!
-//! [`ArenaFile`] and [`ArenaMap`] are the memory itself: the sidecar creates the file, workers map it, and the store touches
-//! neither. [`Geometry`] and [`slot_offset`] translate between the two worlds.
+//! [`ArenaFile`] and [`ArenaMap`] are the memory itself: the sidecar creates the file, workers map it, and the store does not
+//! touch it. [`Geometry`] and [`slot_offset`] translate between the two worlds.
 #![deny(unsafe_code)]
 
 /// Whether assertions that cost a memory access per block are on.
@@ -99,5 +99,5 @@ pub use index::{DigestHasher, DigestMap};
 pub use layout::{BLOCK_TOKENS_MAX, Geometry, RANK_BYTES_MAX, RANKS_MAX, SLOT_ALIGN, slot_offset};
 pub use lease::Term;
 pub use pins::{PIN_TTL_MAX, PINS_MAX};
-pub use presence::{Presence, PresenceFile};
+pub use presence::{Presence, PresenceView};
 pub use store::{LEASE_TTL_LIMIT, NAMESPACES_LIMIT, Store, StoreConfig};

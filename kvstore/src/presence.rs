@@ -1,11 +1,12 @@
 //! Which blocks are readable, roughly, in memory that engines see: whoever finds that a block is not there need not ask.
 //!
 //! A counting Bloom filter (Fan et al., "Summary Cache", 1998) over the hashes of all namespaces: each block counts in
-//! [`CELLS_PER_BLOCK`] of [`CELLS_PER_SLOT`] bytes for each slot, so that a full arena says "perhaps" of one absent block in
-//! 417, by (1 - e^(-k/m))^k. It never says "no" of a block that is readable, except of one published a moment ago: memory
-//! that another process writes says nothing about order.
+//! [`CELLS_PER_BLOCK`] of [`CELLS_PER_SLOT`] bytes for each slot, so that a full arena says "perhaps" of one absent block
+//! in 417, by (1 - e^(-k/m))^k. It never says "no" of a readable block that its reader can know of: what is published
+//! before a message is sent is seen by whoever has received the message.
 //!
-//! One process writes, the store's. It maps the file before it seals it (FUTURE_WRITE), so that nobody else can. Owns its mapping and the one `unsafe` that shows it as atomics.
+//! The store's process writes, in [`Presence`]; engines read, in [`PresenceView`]. The file is mapped before it is sealed
+//! (FUTURE_WRITE), so that nobody else can write it. Here is the one `unsafe` that shows the bytes as atomics.
 #![allow(unsafe_code, reason = "shared memory is shown as atomics")]
 
 use std::hash::{BuildHasher, BuildHasherDefault};
@@ -19,8 +20,10 @@ use rustix::mm::ProtFlags;
 
 use crate::arena::{ArenaFile, ArenaMap, PageSize, check_seals};
 use crate::error::ArenaError;
-use crate::ids::{BlockHash, low_half, u64_from, usize_from_u64};
+use crate::ids::{BlockHash, low_half, usize_from_u64};
 use crate::index::DigestHasher;
+
+// Where a block counts is agreed between two processes: a change here, or of `DigestHasher`, is one of the engine protocol.
 
 /// Counters for each slot: m.
 const CELLS_PER_SLOT: u64 = 16;
@@ -31,49 +34,39 @@ const NO_OTHER_WRITER: SealFlags = SealFlags::FUTURE_WRITE.union(SealFlags::SEAL
 /// A counter that has got there stays: how many it stands for is forgotten.
 const FULL: u8 = u8::MAX;
 
-/// The filter, mapped in this process.
+/// The filter, as its one writer has it.
 #[derive(Debug)]
 pub struct Presence {
-    map: ArenaMap,
+    cells: Cells,
+    file: Arc<ArenaFile>,
 }
 
-/// The filter's file, to be sent to those who read it.
-pub type PresenceFile = Arc<ArenaFile>;
-
 impl Presence {
-    /// An empty filter for a store of so many slots, and its file.
+    /// An empty filter for a store of so many slots.
     ///
     /// # Errors
     /// `OutOfMemory`, `System`.
-    pub fn create(slots: u32) -> Result<(Self, PresenceFile), ArenaError> {
+    pub fn create(slots: u32) -> Result<Self, ArenaError> {
         let pages = PageSize::Base4K;
         let bytes = (u64::from(slots.max(1)) * CELLS_PER_SLOT).next_multiple_of(pages.bytes());
-        let file = ArenaFile::fixed("greenroom-presence", bytes, pages)?;
-        let map = ArenaMap::of(file.fd(), bytes, ProtFlags::READ | ProtFlags::WRITE)?;
+        let file = ArenaFile::unsealed("greenroom-presence", bytes, pages)?;
+        let map = ArenaMap::over(file.fd(), bytes, ProtFlags::READ | ProtFlags::WRITE)?;
         // Now, where a lack of memory is an error: later it would be a SIGBUS.
         map.populate(1)?;
         file.seal(NO_OTHER_WRITER)?;
-        Ok((Self { map }, Arc::new(file)))
+        Ok(Self {
+            cells: Cells { map },
+            file: Arc::new(file),
+        })
     }
 
-    /// Maps a filter of which somebody sent the descriptor, to read it.
-    ///
-    /// # Errors
-    /// As [`ArenaMap::map`].
-    pub fn open(fd: OwnedFd, bytes: u64) -> Result<Self, ArenaError> {
-        check_seals(fd.as_fd(), NO_OTHER_WRITER, SealFlags::empty())?;
-        let map = ArenaMap::of(fd.as_fd(), bytes, ProtFlags::READ)?;
-        Ok(Self { map })
-    }
-
-    /// Whether the block may be readable, in some namespace. False: it is not, or has been for a moment only.
-    pub fn may_have(&self, hash: &BlockHash) -> bool {
-        self.cells_of(hash)
-            .all(|cell| cell.load(Ordering::Relaxed) > 0)
+    /// Its file, to be sent to those who read it.
+    pub fn file(&self) -> &Arc<ArenaFile> {
+        &self.file
     }
 
     pub(crate) fn add(&self, hash: &BlockHash) {
-        for cell in self.cells_of(hash) {
+        for cell in self.cells.of(hash) {
             // There is no other writer.
             let count = cell.load(Ordering::Relaxed);
             cell.store(count.saturating_add(1), Ordering::Relaxed);
@@ -81,7 +74,7 @@ impl Presence {
     }
 
     pub(crate) fn remove(&self, hash: &BlockHash) {
-        for cell in self.cells_of(hash) {
+        for cell in self.cells.of(hash) {
             let count = cell.load(Ordering::Relaxed);
             if count != FULL {
                 assert!(count > 0, "{hash:?} was never counted as present");
@@ -95,11 +88,12 @@ impl Presence {
     /// # Panics
     /// If it does not count exactly these blocks.
     pub(crate) fn check<'a>(&self, readable: impl Iterator<Item = &'a BlockHash>) {
-        let mut counts = vec![0_u8; self.cells().len()];
-        for position in readable.flat_map(|hash| self.positions(hash)) {
+        let cells = self.cells.all();
+        let mut counts = vec![0_u8; cells.len()];
+        for position in readable.flat_map(|hash| self.cells.positions(hash)) {
             counts[position] = counts[position].saturating_add(1);
         }
-        for (position, (cell, count)) in self.cells().iter().zip(counts).enumerate() {
+        for (position, (cell, count)) in cells.iter().zip(counts).enumerate() {
             let cell = cell.load(Ordering::Relaxed);
             assert!(
                 cell == count || cell == FULL,
@@ -107,36 +101,70 @@ impl Presence {
             );
         }
     }
+}
 
-    fn cells_of(&self, hash: &BlockHash) -> impl Iterator<Item = &AtomicU8> {
-        let cells = self.cells();
-        self.positions(hash).map(|position| &cells[position])
-    }
+/// The filter of another process.
+#[derive(Debug)]
+pub struct PresenceView {
+    cells: Cells,
+}
 
-    /// Double hashing (Kirsch and Mitzenmacher, 2006): the digest, and its sum with multiples of its other half, each as a
-    /// fraction of one, times the number of cells.
-    fn positions(&self, hash: &BlockHash) -> impl Iterator<Item = usize> + use<> {
-        let digest = BuildHasherDefault::<DigestHasher>::default().hash_one(hash);
-        let bytes = u128::from(self.map.bytes());
-        (0..CELLS_PER_BLOCK).map(move |n| {
-            let fraction = digest.wrapping_add(n.wrapping_mul(digest.rotate_left(32)));
-            usize_from_u64(low_half((u128::from(fraction) * bytes) >> 64))
+impl PresenceView {
+    /// Maps a filter of which somebody sent the descriptor, to read it.
+    ///
+    /// # Errors
+    /// As [`ArenaMap::map`].
+    pub fn open(fd: OwnedFd, bytes: u64) -> Result<Self, ArenaError> {
+        check_seals(fd.as_fd(), NO_OTHER_WRITER, SealFlags::empty())?;
+        let map = ArenaMap::over(fd.as_fd(), bytes, ProtFlags::READ)?;
+        Ok(Self {
+            cells: Cells { map },
         })
     }
 
-    fn cells(&self) -> &[AtomicU8] {
+    /// Whether the block may be readable, in some namespace. False: it is not.
+    pub fn may_have(&self, hash: &BlockHash) -> bool {
+        let mut cells = self.cells.of(hash);
+        cells.all(|cell| cell.load(Ordering::Relaxed) > 0)
+    }
+}
+
+#[derive(Debug)]
+struct Cells {
+    map: ArenaMap,
+}
+
+impl Cells {
+    fn of(&self, hash: &BlockHash) -> impl Iterator<Item = &AtomicU8> {
+        let cells = self.all();
+        self.positions(hash).map(|position| &cells[position])
+    }
+
+    /// Double hashing (Kirsch and Mitzenmacher, 2006): the digest, and its sum with multiples of its turned self, each as a
+    /// fraction of one, times the number of cells.
+    fn positions(&self, hash: &BlockHash) -> impl Iterator<Item = usize> + use<> {
+        let digest = BuildHasherDefault::<DigestHasher>::default().hash_one(hash);
+        let cells = u128::from(self.map.bytes());
+        (0..CELLS_PER_BLOCK).map(move |n| {
+            let fraction = digest.wrapping_add(n.wrapping_mul(digest.rotate_left(32)));
+            usize_from_u64(low_half((u128::from(fraction) * cells) >> 64))
+        })
+    }
+
+    fn all(&self) -> &[AtomicU8] {
         let (base, len) = (self.map.base(), usize_from_u64(self.map.bytes()));
-        debug_assert_eq!(u64_from(len), self.map.bytes());
         // SAFETY: the bytes are mapped while `self.map` lives, and `AtomicU8` is laid out like `u8`. The mapping is this
         // value's own, so that nobody in this process sees the bytes as anything but atomics; the one process that writes
-        // uses atomics too. Where the mapping is for reading only they are loaded only: what stores is of this crate and
-        // called on the value that `create` has made.
+        // uses atomics too. A `PresenceView`'s mapping is read-only: it only loads, relaxed, which std allows there.
         unsafe { slice::from_raw_parts(base.as_ptr().cast::<AtomicU8>(), len) }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use rustix::io::Errno;
+    use rustix::mm::MprotectFlags;
+
     use super::*;
 
     fn hash(n: u32) -> BlockHash {
@@ -146,11 +174,14 @@ mod tests {
         BlockHash(bytes)
     }
 
-    fn pair(slots: u32) -> (Presence, Presence) {
-        let (writer, file) = Presence::create(slots).unwrap();
-        let fd = file.fd().try_clone_to_owned().unwrap();
-        let reader = Presence::open(fd, file.bytes()).unwrap();
+    fn pair(slots: u32) -> (Presence, PresenceView) {
+        let writer = Presence::create(slots).unwrap();
+        let reader = view(writer.file()).unwrap();
         (writer, reader)
+    }
+
+    fn view(file: &ArenaFile) -> Result<PresenceView, ArenaError> {
+        PresenceView::open(file.fd().try_clone_to_owned().unwrap(), file.bytes())
     }
 
     #[test]
@@ -183,16 +214,26 @@ mod tests {
 
     #[test]
     fn nobody_else_can_write() {
-        let (_, file) = Presence::create(8).unwrap();
-        let (read, write) = (ProtFlags::READ, ProtFlags::WRITE);
-        let mapped = ArenaMap::of(file.fd(), file.bytes(), read | write);
+        let presence = Presence::create(8).unwrap();
+        let file = presence.file();
+        let mapped = ArenaMap::over(file.fd(), file.bytes(), ProtFlags::READ | ProtFlags::WRITE);
         assert!(
             matches!(mapped, Err(ArenaError::System { .. })),
             "{mapped:?}"
         );
-        let arena = ArenaFile::create(file.bytes(), PageSize::Base4K).unwrap();
-        let fd = arena.fd().try_clone_to_owned().unwrap();
-        let opened = Presence::open(fd, arena.bytes());
+        assert_eq!(rustix::io::pwrite(file.fd(), &[1], 0), Err(Errno::PERM));
+        let reader = view(file).unwrap();
+        let address = reader.cells.map.base().as_ptr().cast();
+        let (len, write) = (usize_from_u64(file.bytes()), MprotectFlags::WRITE);
+        // SAFETY: the range is the reader's mapping; nothing is unmapped, and it is refused.
+        let opened = unsafe { rustix::mm::mprotect(address, len, write) };
+        assert_eq!(opened, Err(Errno::ACCESS));
+    }
+
+    #[test]
+    fn an_arena_is_no_filter() {
+        let arena = ArenaFile::create(PageSize::Base4K.bytes(), PageSize::Base4K).unwrap();
+        let opened = view(&arena);
         assert!(matches!(opened, Err(ArenaError::NotSealed)), "{opened:?}");
     }
 

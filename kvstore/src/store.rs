@@ -1,7 +1,7 @@
 //! The one public store: ties slots, index, leases, pins and eviction together; none of them calls another.
 //!
 //! One owner at a time calls it (`&mut self`), it takes no lock, reads no clock and never blocks. It never touches the
-//! arena: slots are names here.
+//! arena: slots are names here. In shared memory it writes the presence filter only.
 
 use std::time::{Duration, Instant};
 

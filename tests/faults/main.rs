@@ -73,7 +73,7 @@ points! {
     server_write_flip: "server::write::flip", scenarios::a_bit_is_flipped;
     server_write_kill: "server::write::kill", scenarios::a_frame_is_spoilt;
     server_write_abort: "server::write::abort", deaths::the_sidecar_dies;
-    client_write_delay: "client::write::delay", scenarios::a_frame_is_held;
+    client_write_delay: "client::write::delay", scenarios::a_message_is_held;
     client_write_reorder: "client::write::reorder", scenarios::a_frame_is_spoilt;
     client_write_duplicate: "client::write::duplicate", scenarios::a_frame_is_spoilt;
     client_write_truncate: "client::write::truncate", scenarios::a_frame_is_spoilt;

@@ -8,6 +8,7 @@ use greenroom_tests::engine::{Engine, Options};
 use greenroom_tests::sidecar::until;
 use kvstore::faults::{arm, reached};
 use serde_json::json;
+use sidecar::hooks::{Holders, Match};
 
 use super::{BLOCKS, World, session};
 
@@ -64,6 +65,37 @@ pub(super) fn a_frame_is_held(world: &mut World, point: &'static str) {
         world.live();
         reached(point) >= before + 5
     });
+}
+
+/// And so is a commit: what it names is asked for all the same, though the sidecar does not show it yet.
+pub(super) fn a_message_is_held(world: &mut World, point: &'static str) {
+    a_frame_is_held(world, point);
+    arm(point, "off").unwrap();
+    let fresh = session(4);
+    world.struck.settle();
+    world.struck.switch.hold();
+    world.struck.turn(Some("fresh"), &fresh);
+    until("its save is under way", || {
+        world.struck.step();
+        world.struck.hooks.copies_in_flight()
+    });
+    arm(point, "1*pause").unwrap();
+    world.struck.switch.release();
+    until("its copies have ended", || {
+        world.struck.step();
+        !world.struck.hooks.copies_in_flight()
+    });
+    let hooks = &mut world.struck.hooks;
+    hooks.turn_started("next", Some("fresh"), &fresh, Instant::now());
+    let mut find = || {
+        let useful = (0, fresh.len() - 1);
+        hooks.match_prefix("next", useful, Holders::default(), Instant::now())
+    };
+    assert_eq!(find(), Match::Pending);
+    arm(point, "off").unwrap();
+    until("it is found", || find() == Match::Hit(fresh.len() - 1));
+    hooks.turn_ended("next", &[], Instant::now());
+    world.given_back();
 }
 
 pub(super) fn nothing_is_stored(world: &mut World, point: &'static str) {

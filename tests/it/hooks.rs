@@ -56,7 +56,7 @@ fn evict(engine: &mut Engine, chain: &[kvstore::BlockHash]) {
 fn hear(engine: &mut Engine) {
     let hooks = &mut engine.hooks;
     hooks.turn_started("probe", None, &session(2, 99), Instant::now());
-    until("the probe is answered", || hooks.is_answered("probe"));
+    until("the probe is answered", || hooks.knows_session("probe"));
     hooks.turn_ended("probe", &[], Instant::now());
 }
 

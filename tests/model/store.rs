@@ -166,7 +166,7 @@ impl Pair {
         Self {
             store: Store::new(config)
                 .unwrap()
-                .shown_in(Presence::create(slots).unwrap().0),
+                .shown_in(Presence::create(slots).unwrap()),
             naive: Naive::new(config),
             source,
             universe,

@@ -223,7 +223,7 @@ impl Engine {
         let enqueued = Instant::now();
         until("the sidecar has answered", || {
             self.step();
-            self.hooks.is_answered(request)
+            self.hooks.knows_session(request)
                 || !self.hooks.figures().ready
                 || enqueued.elapsed() > self.lookup_wait
         });

@@ -3,9 +3,10 @@
 mod messages;
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use kvstore::{Geometry, Namespace, NamespaceId, Owner, PresenceFile};
+use kvstore::{ArenaFile, Geometry, Namespace, NamespaceId, Owner};
 
 use super::{Actor, count};
 use crate::commands::EngineView;
@@ -29,8 +30,8 @@ pub struct Admitted {
     pub boot: u64,
     /// Bytes of one slot.
     pub slot_bytes: u64,
-    /// Shows which blocks are readable.
-    pub presence: PresenceFile,
+    /// The presence filter, if there is one.
+    pub presence_file: Option<Arc<ArenaFile>>,
     /// Whether the process is new: somebody has to tell when it has exited.
     pub watch: bool,
 }
@@ -219,7 +220,7 @@ impl Actor {
         {
             return Err(format!("rank {rank} of {} does not exist", hello.ranks));
         }
-        let (slot_bytes, presence) = self.cut_for(&geometry)?;
+        let (slot_bytes, presence_file) = self.cut_for(&geometry)?;
         let key = known.unwrap_or_else(|| EngineKey(self.engines.next()));
         let engine = self
             .engines
@@ -275,7 +276,7 @@ impl Actor {
         Ok(Admitted {
             boot: self.config.boot,
             slot_bytes,
-            presence,
+            presence_file,
             watch,
         })
     }

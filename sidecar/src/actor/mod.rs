@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use kvstore::{
-    BlockHash, Counts, Effects, Geometry, Owner, Presence, PresenceFile, Store, StoreConfig,
+    ArenaFile, BlockHash, Counts, Effects, Geometry, Owner, Presence, Store, StoreConfig,
     StoreError, Term,
 };
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
@@ -101,7 +101,7 @@ struct Cut {
     slot_bytes: u64,
     store: Store,
     /// Shows engines which of its blocks are readable.
-    presence: PresenceFile,
+    presence_file: Option<Arc<ArenaFile>>,
 }
 
 /// The task's state.
@@ -453,12 +453,12 @@ impl Actor {
     }
 
     /// Cuts the arena into slots of an engine's size, if it can be.
-    fn cut_for(&mut self, geometry: &Geometry) -> Result<(u64, PresenceFile), String> {
+    fn cut_for(&mut self, geometry: &Geometry) -> Result<(u64, Option<Arc<ArenaFile>>), String> {
         geometry.validate().map_err(|error| error.to_string())?;
         let slot_bytes = geometry.slot_bytes();
         if let Some(cut) = &self.cut {
             if cut.slot_bytes == slot_bytes {
-                return Ok((slot_bytes, cut.presence.clone()));
+                return Ok((slot_bytes, cut.presence_file.clone()));
             }
             if !self.engines.is_empty() {
                 return Err(format!(
@@ -488,15 +488,23 @@ impl Actor {
             ),
             other => other.to_string(),
         })?;
-        let made = Presence::create(slots).map_err(|error| error.to_string())?;
-        let (presence, file) = made;
+        let presence = Presence::create(slots).inspect_err(
+            |error| tracing::warn!(%error, "no presence filter; engines ask for every request"),
+        );
+        let (store, presence_file) = match presence {
+            Ok(presence) => {
+                let file = presence.file().clone();
+                (store.shown_in(presence), Some(file))
+            }
+            Err(_) => (store, None),
+        };
         self.cut = Some(Cut {
             slot_bytes,
-            store: store.shown_in(presence),
-            presence: file.clone(),
+            store,
+            presence_file: presence_file.clone(),
         });
         self.engines.forget_namespaces();
-        Ok((slot_bytes, file))
+        Ok((slot_bytes, presence_file))
     }
 
     fn view(&self, session: &Session, now: Instant) -> SessionView {

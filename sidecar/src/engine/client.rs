@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use kvstore::{ArenaMap, Presence};
+use kvstore::{ArenaMap, PresenceView};
 use parking_lot::{Condvar, Mutex};
 
 use super::frames::{FrameError, Hello, Rising, ToEngine, ToSidecar, decode, encode};
@@ -46,7 +46,7 @@ pub enum Inbound {
         /// Messages to this sidecar over this connection, and over no other.
         outbox: Outbox,
         /// Which blocks this sidecar need not be asked for.
-        presence: Option<Presence>,
+        presence: Option<PresenceView>,
     },
     /// The sidecar answered with a refusal; tried again later.
     Refused(String),
@@ -175,7 +175,7 @@ fn check_user(server: u32, own: u32) -> io::Result<()> {
     ))
 }
 
-/// Connects and says hello; returns the stream, the welcome and the arena's descriptor.
+/// Connects and says hello; returns the stream, the welcome and the descriptor that came with it.
 fn greet(socket: &Path, hello: &Hello) -> io::Result<(UnixStream, ToEngine, Option<OwnedFd>)> {
     let stream = UnixStream::connect(socket)?;
     check_server(&stream)?;
@@ -310,8 +310,12 @@ impl Supervisor {
             }
             _ => return Err(invalid(FrameError::Malformed)),
         };
-        let presence = descriptor.map(|file| Presence::open(file, file_bytes));
-        let presence = presence.transpose().map_err(io::Error::other)?;
+        let presence = descriptor.and_then(|file| {
+            let opened = PresenceView::open(file, file_bytes);
+            opened
+                .inspect_err(|error| tracing::warn!(%error, "no presence filter; every request asks the sidecar"))
+                .ok()
+        });
         let (outbox, frames) = self.outbox();
         if !self.shared.connected(&stream)? {
             return Ok(());

@@ -10,7 +10,7 @@ use kvstore::BlockHash;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 
 /// Version of the protocol; both ends must agree.
-pub const PROTOCOL: u16 = 1;
+pub const PROTOCOL: u16 = 2;
 /// First four bytes of every frame ("GRM" and the header's own version).
 pub const MAGIC: u32 = u32::from_le_bytes(*b"GRM1");
 /// Largest body in bytes: a chain of 100,000 block hashes fits.
@@ -433,11 +433,12 @@ impl Wish {
 /// Messages to an engine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToEngine {
-    /// Answers a hello. A descriptor comes with it: a worker's is the arena, the scheduler side's the presence filter.
+    /// Answers a hello. A descriptor comes with it: a worker's is the arena, the scheduler side's the presence filter, if
+    /// there is one.
     Welcome {
         /// Identifies this start of the sidecar, and so the arena.
         boot: u64,
-        /// Bytes of the file that comes with it.
+        /// Bytes of the file that comes with it, or 0.
         file_bytes: u64,
         /// Bytes of one slot.
         slot_bytes: u64,

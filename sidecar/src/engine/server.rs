@@ -188,16 +188,20 @@ async fn serve(
         return Err(io::ErrorKind::ConnectionReset.into());
     }
     let file = match role {
-        Role::Worker { .. } => arena,
-        Role::Scheduler => &*admitted.presence,
+        Role::Worker { .. } => Some(arena),
+        Role::Scheduler => admitted.presence_file.as_deref(),
     };
     let answer = ToEngine::Welcome {
         boot: admitted.boot,
-        file_bytes: file.bytes(),
+        file_bytes: file.map_or(0, ArenaFile::bytes),
         slot_bytes: admitted.slot_bytes,
     };
     let frame = encode(sequence, &answer).map_err(invalid)?;
-    tokio::time::timeout(HELLO_TIMEOUT, welcome(&writer, &frame, Some(file.fd()))).await??;
+    tokio::time::timeout(
+        HELLO_TIMEOUT,
+        welcome(&writer, &frame, file.map(ArenaFile::fd)),
+    )
+    .await??;
     let writing = tokio::spawn(write(writer, frames));
     let ended = tokio::select! {
         ended = listen(&mut reader, peer.connection, actor) => ended,

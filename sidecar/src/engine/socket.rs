@@ -1,4 +1,4 @@
-//! Passing the arena's descriptor over a Unix socket, and reading whole frames from a blocking one.
+//! Passing a descriptor over a Unix socket, and reading whole frames from a blocking one.
 
 use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;

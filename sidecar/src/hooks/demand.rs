@@ -38,9 +38,14 @@ impl SchedulerHooks {
         }
         let mut released = Vec::new();
         if local < blocks_max && self.connection.stored.lacks(&turn.hashes[local]) {
-            // It is not worth the step that asking takes.
-            turn.give_back(&mut released);
-            turn.lookup = Lookup::Nothing { from: local };
+            // Known without the step that asking takes. What was asked may know better by then, if this request waits for
+            // something else.
+            if !matches!(turn.lookup, Lookup::Waiting { .. }) {
+                turn.give_back(&mut released);
+                turn.lookup = Lookup::Nothing { from: local };
+                self.release(&released);
+            }
+            return Match::Miss;
         }
         let answer = turn.answer(
             local,

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvstore::{BlockHash, Presence, SlotId};
+use kvstore::{BlockHash, PresenceView, SlotId};
 
 use super::stored::Stored;
 use super::turns::{LeasedRun, Lookup};
@@ -46,7 +46,7 @@ impl SchedulerHooks {
         }
     }
 
-    pub(super) fn connected(&mut self, boot: u64, outbox: Outbox, presence: Option<Presence>) {
+    pub(super) fn connected(&mut self, boot: u64, outbox: Outbox, presence: Option<PresenceView>) {
         self.connection = Connection {
             number: self.connection.number + 1,
             boot: Some(boot),

@@ -349,9 +349,9 @@ impl SchedulerHooks {
         answer
     }
 
-    /// Whether the sidecar has answered that the request was enqueued. Requests do not wait for it: it is for simulated
-    /// engines, whose steps take no time.
-    pub fn is_answered(&mut self, request: &str) -> bool {
+    /// Whether the sidecar has told to which session a request belongs. No request waits for that, but simulated engines
+    /// do, whose steps take no time.
+    pub fn knows_session(&mut self, request: &str) -> bool {
         self.receive();
         let turn = self.turns.get_mut(request);
         turn.is_some_and(|turn| turn.session.is_some())

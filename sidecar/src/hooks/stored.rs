@@ -2,12 +2,12 @@
 
 use std::collections::VecDeque;
 
-use kvstore::{BlockHash, Presence};
+use kvstore::{BlockHash, PresenceView};
 
-/// What one sidecar shows of its store, less what it may not know of yet.
+/// What one sidecar shows of its store, and what of ours it may not have taken in yet.
 #[derive(Debug, Default)]
 pub(super) struct Stored {
-    presence: Option<Presence>,
+    presence: Option<PresenceView>,
     /// Blocks whose commit was sent, by the message's number, until the sidecar has answered a later one: it takes in one
     /// message after the other. Each commit needs a reservation, which is answered, so that they are few.
     committed: VecDeque<(u64, Vec<BlockHash>)>,
@@ -15,7 +15,7 @@ pub(super) struct Stored {
 
 impl Stored {
     /// Without a filter everything is asked for.
-    pub(super) fn shown_by(presence: Option<Presence>) -> Self {
+    pub(super) fn shown_by(presence: Option<PresenceView>) -> Self {
         Self {
             presence,
             committed: VecDeque::new(),
@@ -54,8 +54,11 @@ mod tests {
 
     #[test]
     fn a_commit_on_its_way_counts_as_stored() {
-        let (presence, _) = Presence::create(8).expect("memory");
-        let mut stored = Stored::shown_by(Some(presence));
+        let presence = kvstore::Presence::create(8).expect("memory");
+        let file = presence.file();
+        let fd = file.fd().try_clone_to_owned().expect("a descriptor");
+        let view = PresenceView::open(fd, file.bytes()).expect("a mapping");
+        let mut stored = Stored::shown_by(Some(view));
         assert!(stored.lacks(&HERE));
         stored.committed(7, vec![HERE]);
         stored.answered(6);

@@ -54,7 +54,7 @@ pub(super) enum Lookup {
     },
     /// Answered: these.
     Ready(LeasedRun),
-    /// Answered: the block at `from` is not there.
+    /// Answered, or seen in the presence filter: the block at `from` is not there.
     Nothing { from: usize },
 }
 
@@ -79,7 +79,7 @@ pub(super) struct Turn {
     pub(super) steps_without_room: u32,
     /// Since when it waits for a prefetch of its own blocks.
     pub(super) waiting_for_copy: Option<Instant>,
-    /// Whether it has got its blocks: it began with the `local` ones.
+    /// Whether it has got its blocks: it began with the `local` ones, none if vLLM was not to look for any.
     pub(super) begun: bool,
     /// Positions that were prefetched for it and not yet judged used or wasted.
     pub(super) prefetched: Vec<u32>,

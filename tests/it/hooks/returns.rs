@@ -39,6 +39,29 @@ fn a_tool_end_brings_the_session_back_before_its_request() {
     assert_eq!((turn.local, turn.loaded), (39, 0));
 }
 
+/// A request begins before the sidecar has told whose it is: it does not ask for blocks that are not stored.
+#[test]
+fn what_was_brought_back_is_used_by_a_request_that_did_not_wait_for_an_answer() {
+    let (sidecar, mut engine, mine) = with_a_saved();
+    evict(&mut engine, &mine);
+    sidecar.post("/v1/sessions/a/tool_start", &json!({"tool": "bash"}));
+    sidecar.post("/v1/sessions/a/tool_end", &json!({}));
+    until("the session is back", || {
+        engine.step();
+        engine.pool.leading(&mine) == 40
+    });
+    engine.settle();
+    let used = engine.hooks.figures().prefetch_used;
+    let hooks = &mut engine.hooks;
+    hooks.turn_started("r", Some("a"), &session(60, 1), Instant::now());
+    let found = hooks.match_prefix("r", (40, 59), Holders::default(), Instant::now());
+    assert_eq!(found, Match::Miss);
+    hooks.swap_in("r", &[]);
+    until("its session is known", || hooks.knows_session("r"));
+    assert_eq!(hooks.figures().prefetch_used - used, 40);
+    hooks.turn_ended("r", &mine, Instant::now());
+}
+
 #[test]
 fn a_waiting_session_comes_back_when_there_is_room() {
     let (sidecar, mut engine, mine) = with_a_saved();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterable
@@ -287,21 +288,26 @@ class Campaign:
     # What is measured and proved apart from the rounds
 
     def measure_stopped(self) -> None:
-        """New requests while the sidecar is stopped, among the same with one that answers."""
-        number = 0
+        """New requests while the sidecar is stopped, among the same with one that answers.
+
+        Of each the arena has the first block and the GPU nothing, or the sidecar would not be asked.
+        """
         start = time.monotonic()
 
-        def ask(into: list[float]) -> None:
-            nonlocal number
-            for _ in range(COST_ASKS):
-                number += 1
-                fresh = Ask(prompt(f"cost-{number}", COST_TOKENS), 1, session=f"cost-{number}")
-                into.append(self.rig.vllm.ask(fresh).ttft_s * 1e3)
+        def ask(fresh: Ask) -> float:
+            return self.rig.vllm.ask(fresh).ttft_s * 1e3
 
-        for _ in range(COST_ROUNDS):
-            ask(self.tally.running_ms)
+        for number in range(COST_ROUNDS):
+            names = [f"cost-{number}-{one}" for one in range(2 * COST_ASKS)]
+            asks = [Ask(prompt(name, COST_TOKENS), 1, session=name) for name in names]
+            for each in asks:
+                steps.first_turn(self.rig, dataclasses.replace(each, prompt=each.prompt[: steps.BLOCK + 1]))
+                # Nobody brings its block back ahead of it.
+                self.sidecar.post(f"/v1/sessions/{each.session}/tool_start", {"tool": "AskUserQuestion"})
+            steps.evict(self.rig, f"cost-{number}")
+            self.tally.running_ms += map(ask, asks[:COST_ASKS])
             with stopped(self.sidecar.pid):
-                ask(self.tally.stopped_ms)
+                self.tally.stopped_ms += map(ask, asks[COST_ASKS:])
             steps.wait_connected(self.sidecar, self.ranks)
 
         def written() -> bool:

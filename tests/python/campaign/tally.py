@@ -65,7 +65,7 @@ class Tally:
     slots_left: int = 0
     """Slots leased or draining when nothing was going on any more."""
     running_ms: list[float] = dataclasses.field(default_factory=list)
-    """TTFT of prompts that nobody has seen, with a sidecar that answers that it has nothing."""
+    """TTFT of prompts of which the arena has the first block, with a sidecar that answers."""
     stopped_ms: list[float] = dataclasses.field(default_factory=list)
     """The same, turn by turn, with a stopped sidecar."""
     stopped_waits_ms: list[float] = dataclasses.field(default_factory=list)
