@@ -91,6 +91,8 @@ CONFIG = VllmConfig(
     env=(("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),),
 )
 SWITCHED = Connector("SwitchedConnector", "serving.switched")
+STEPS = "vllm:iteration_tokens_total_count"
+QUEUED = "vllm:request_queue_time_seconds_sum"
 ROLES = {"scheduler": "EngineCore", "worker": "Worker"}
 """Of the connector, and the titles of their processes."""
 
@@ -105,6 +107,10 @@ class Block:
     tokens_s: float
     seconds: float
     cpu_s: float
+    steps: float
+    """Of the engine, by its own count."""
+    queue_s: float
+    """From a request's arrival in the engine to its first step: the sum over the requests."""
     idle_cpu_share: float
     cached_tokens: int
     saved_share: float | None
@@ -205,6 +211,8 @@ class Bench:
             self._switched.switch(arm == "greenroom")
         names = [f"{arm}-{self._number}-{set_}-{request}".replace(" ", "") for request in range(self._requests)]
         asks = [Ask(prompt(name, PROMPT_TOKENS, self._seed), ANSWER_TOKENS, session=name) for name in names]
+        before = side.vllm.metrics()
+        side.rest()
         cpu_s, idle_cpu_s = side.cpu_s(), other.cpu_s()
         start = time.perf_counter()
         with ThreadPoolExecutor(CONCURRENCY) as pool:
@@ -213,6 +221,7 @@ class Bench:
         idle_share = (other.cpu_s() - idle_cpu_s) / seconds
         saved = self._switched.saved(asks) if arm == "greenroom" else None
         side.rest()
+        used_s, after = side.cpu_s() - cpu_s, side.vllm.metrics()
         tokens = sum(answer.prompt_tokens + len(answer.tokens) for answer in answers)
         made = Block(
             arm=arm,
@@ -220,7 +229,9 @@ class Bench:
             set=set_,
             tokens_s=tokens / seconds,
             seconds=seconds,
-            cpu_s=side.cpu_s() - cpu_s,
+            cpu_s=used_s,
+            steps=after.sum(STEPS) - before.sum(STEPS),
+            queue_s=after.sum(QUEUED) - before.sum(QUEUED),
             idle_cpu_share=idle_share,
             cached_tokens=sum(answer.cached_tokens for answer in answers),
             saved_share=saved,
@@ -290,16 +301,23 @@ def valid(blocks: Sequence[Block], arm: str) -> list[Block]:
     return [block for block in blocks if block.arm == arm and block.problem is None]
 
 
+def mean(blocks: Sequence[Block], figure: str) -> float:
+    return statistics.fmean(getattr(block, figure) for block in blocks) if blocks else float("nan")
+
+
 def table(blocks: Sequence[Block], made: Sequence[Comparison]) -> str:
     """For people."""
-    lines = [f"{'arm':<12} {'tokens/s P50':>14} {'block':>8} {'CPU':>8} {'blocks':>8} {'invalid':>8}"]
+    heads = f"{'tokens/s P50':>14} {'block':>8} {'CPU':>8} {'steps':>8} {'queued':>9} {'blocks':>8} {'invalid':>8}"
+    lines = [f"{'arm':<12} {heads}"]
     for arm in ARMS:
         found = valid(blocks, arm)
         invalid = sum(1 for block in blocks if block.arm == arm and block.problem)
         speed, seconds, cpu_s = (
             percentile([getattr(block, name) for block in found], 0.5) for name in ("tokens_s", "seconds", "cpu_s")
         )
-        lines.append(f"{arm:<12} {speed:>14.1f} {seconds:>6.2f} s {cpu_s:>6.2f} s {len(found):>8} {invalid:>8}")
+        steps, queue_s = mean(found, "steps"), mean(found, "queue_s")
+        counts = f"{steps:>8.2f} {queue_s * 1e3:>6.1f} ms {len(found):>8} {invalid:>8}"
+        lines.append(f"{arm:<12} {speed:>14.1f} {seconds:>6.2f} s {cpu_s:>6.2f} s {counts}")
     lines.append("")
     for each, label in zip(made, ("", "  (noise floor)", "  (two starts)"), strict=True):
         interval = f"{each.ci95[0]:.4f} to {each.ci95[1]:.4f}"
@@ -322,6 +340,8 @@ def summary(blocks: Sequence[Block], made: Sequence[Comparison]) -> dict[str, An
             "tokens_s": report.spread([block.tokens_s for block in found]),
             "seconds": report.spread([block.seconds for block in found]),
             "cpu_s": report.spread([block.cpu_s for block in found]),
+            "steps_mean": report.rounded(mean(found, "steps")),
+            "queue_s_mean": report.rounded(mean(found, "queue_s")),
             "invalid": [dataclasses.asdict(block) for block in blocks if block.arm == arm and block.problem],
         }
     return {
