@@ -8,6 +8,9 @@
 //!
 //! Every turn takes the next window of an arena and a pool that are larger than the caches.
 
+mod rows;
+mod waits;
+
 use std::collections::hash_map::RandomState;
 use std::fs;
 use std::hash::BuildHasher;
@@ -16,15 +19,17 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use cuda::bench::{BenchCopies, BenchError, BenchMemory, CopyJob, CopyShape};
-use cuda::{CopyKind, CopyLimits, CopyMethod, CudaDevice, Direction};
-use kvstore::{GpuBlock, PageSize, SlotId, u64_from};
+use cuda::bench::{BenchCopies, BenchError, BenchMemory, CopyShape};
+use cuda::{CopyLimits, CopyMethod, CudaDevice};
+use kvstore::{PageSize, u64_from};
 use serde_json::{Value, json};
 
+use self::rows::{Order, Row, Way, What, gbps, method_word};
+use self::waits::{latency, registered, small_copies};
 use super::super::{CliError, out};
 use super::chart::{self, Line};
 use crate::config::{Machine, Size};
-use crate::measure::{Bar, Limit, Random, Samples, round, stamp};
+use crate::measure::{Bar, Limit, Samples, stamp};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -43,16 +48,10 @@ const RANGE_COUNTS: [u64; 3] = [16, 256, 4096];
 const CHUNK_BYTES: u64 = 64 * MIB;
 /// Of one job: a chunk of the smallest ranges.
 const RANGE_COUNT_MAX: u64 = CHUNK_BYTES / (4 * KIB);
-/// Of an engine's own copies: the tokens it has sampled, the tables of a step.
-const SMALL_BYTES: u64 = 64 * KIB;
-const SMALL_COPIES: usize = 2000;
-/// Large jobs that small copies are made beside.
-const LARGE_JOBS: usize = 10;
 /// Regions of the pool where a block's layers lie apart, and the longest range that they are measured with: longer ones do not
 /// depend on how they are put to the driver.
 const LAYERS: u32 = 32;
 const LAYERED_BYTES_MAX: u64 = 256 * KIB;
-const LATENCY_SAMPLES: usize = 2000;
 /// Bytes that a row is to copy in all, where that does not take too many turns.
 const ROW_BYTES: u64 = GIB;
 /// So many times the least number of turns are the most.
@@ -478,270 +477,6 @@ impl Bench {
             &lines,
         )
     }
-}
-
-fn method_word(engine: EngineName, method: CopyMethod) -> &'static str {
-    match (engine, method) {
-        (EngineName::Host, _) => "memcpy",
-        (_, CopyMethod::Auto) => "auto",
-        (_, CopyMethod::Single) => "single",
-        (_, CopyMethod::Batch) => "batch",
-        (_, CopyMethod::Rows) => "rows",
-    }
-}
-
-/// Which way the bytes go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    One(Direction),
-    Both,
-}
-
-impl Way {
-    const SINGLE: [Self; 2] = [
-        Self::One(Direction::HostToDevice),
-        Self::One(Direction::DeviceToHost),
-    ];
-
-    fn word(self) -> &'static str {
-        match self {
-            Self::One(Direction::HostToDevice) => "h2d",
-            Self::One(Direction::DeviceToHost) => "d2h",
-            Self::Both => "both",
-        }
-    }
-
-    fn directions(self) -> usize {
-        if self == Self::Both { 2 } else { 1 }
-    }
-
-    fn jobs(
-        self,
-        pairs: &[(SlotId, GpuBlock)],
-        blocks: u32,
-        first: u32,
-        second: u32,
-    ) -> Vec<CopyJob> {
-        let window = |number: u32| {
-            let moved = |&(slot, block): &(SlotId, GpuBlock)| {
-                (
-                    SlotId(slot.0 + number * blocks),
-                    GpuBlock(block.0 + number * blocks),
-                )
-            };
-            pairs.iter().map(moved).collect::<Vec<_>>()
-        };
-        match self {
-            Self::One(Direction::HostToDevice) => vec![(CopyKind::Demand, window(first))],
-            Self::One(Direction::DeviceToHost) => vec![(CopyKind::Save, window(first))],
-            Self::Both => vec![
-                (CopyKind::Demand, window(first)),
-                (CopyKind::Save, window(second)),
-            ],
-        }
-    }
-}
-
-/// In which order blocks are copied, and where their ranges are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Order {
-    /// Block `n` in slot `n`: neighbours merge.
-    Contiguous,
-    /// Both sides in random order: nothing merges.
-    Shuffled,
-    /// The same, and a block's layers lie apart in the pool.
-    Layered,
-}
-
-impl Order {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Contiguous => "contiguous",
-            Self::Shuffled => "shuffled",
-            Self::Layered => "layered",
-        }
-    }
-
-    fn pairs(self, blocks: u32, seed: u64) -> Vec<(SlotId, GpuBlock)> {
-        let mut slots: Vec<u32> = (0..blocks).collect();
-        let mut order = slots.clone();
-        if self != Self::Contiguous {
-            let mut random = Random::new(seed);
-            random.shuffle(&mut slots);
-            random.shuffle(&mut order);
-        }
-        let order = order.into_iter().map(GpuBlock);
-        slots.into_iter().map(SlotId).zip(order).collect()
-    }
-}
-
-/// What one row is about.
-#[derive(Clone, Copy, Debug)]
-struct What {
-    way: Way,
-    order: Order,
-    page: PageSize,
-    shape: CopyShape,
-    /// Of each job.
-    ranges: u64,
-}
-
-/// Decimal gigabytes per second, medians of so many turns.
-struct Row {
-    what: What,
-    turns: u64,
-    gbps: f64,
-    plain_gbps: f64,
-    unpaced_gbps: Option<f64>,
-}
-
-impl Row {
-    fn ratio(&self) -> f64 {
-        self.gbps / self.plain_gbps
-    }
-
-    const HEAD: &str =
-        "WAY   ORDER       PAGES  RANGE KiB  RANGES  METHOD    GB/s   PLAIN  RATIO  UNPACED\n";
-
-    fn line(&self, engine: EngineName) -> String {
-        let what = &self.what;
-        format!(
-            "{:<4}  {:<10}  {:<5}  {:>9}  {:>6}  {:<6}  {:>6.2}  {:>6.2}  {:>5.3}  {:>7}\n",
-            what.way.word(),
-            what.order.word(),
-            page_word(what.page),
-            what.shape.range_bytes / KIB,
-            what.ranges,
-            method_word(engine, what.shape.method),
-            self.gbps,
-            self.plain_gbps,
-            self.ratio(),
-            self.unpaced_gbps
-                .map_or_else(|| "-".to_owned(), |gbps| format!("{gbps:.2}"))
-        )
-    }
-
-    fn json(&self, engine: EngineName) -> Value {
-        let what = &self.what;
-        json!({
-            "engine": engine.word(),
-            "direction": what.way.word(),
-            "order": what.order.word(),
-            "page": page_word(what.page),
-            "range_bytes": what.shape.range_bytes,
-            "ranges": what.ranges,
-            "method": method_word(engine, what.shape.method),
-            "turns": self.turns,
-            "gbps": round(self.gbps),
-            "plain_gbps": round(self.plain_gbps),
-            "ratio": round(self.ratio()),
-            "unpaced_gbps": self.unpaced_gbps.map(round),
-        })
-    }
-}
-
-fn page_word(page: PageSize) -> &'static str {
-    match page {
-        PageSize::Base4K => "4KiB",
-        PageSize::Huge2M => "2MiB",
-    }
-}
-
-fn gbps(bytes: u64, seconds: f64) -> f64 {
-    // Beyond what is ever copied a float still has nine digits.
-    #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
-    let bytes = bytes as f64;
-    bytes / seconds / 1e9
-}
-
-/// What it costs to have the arena's pages backed and registered.
-fn registered(memory: &BenchMemory, page: PageSize) -> Result<Option<Value>, CliError> {
-    let Some(cost) = memory.registering()? else {
-        return Ok(None);
-    };
-    let gib = gbps(memory.bytes(), 1.0) / gbps(GIB, 1.0);
-    Ok(Some(json!({
-        "page": page_word(page),
-        "touch_s_per_gib": round(memory.touch_seconds / gib),
-        "register_s_per_gib": round(cost.seconds / gib),
-        "device_bytes": cost.device_bytes,
-    })))
-}
-
-/// What a caller waits for the smallest job, in microseconds.
-fn latency(memory: &BenchMemory) -> Result<Value, CliError> {
-    let shape = CopyShape {
-        range_bytes: 4 * KIB,
-        layers: 1,
-        method: CopyMethod::Auto,
-    };
-    let copies = memory.copies(shape, memory.limits())?;
-    let job = [(CopyKind::Demand, vec![(SlotId(0), GpuBlock(0))])];
-    let times: Result<Vec<_>, _> = (0..LATENCY_SAMPLES).map(|_| copies.ours(&job)).collect();
-    Ok(micros(times?))
-}
-
-/// Percentiles of seconds, as microseconds.
-fn micros(seconds: Vec<f64>) -> Value {
-    let samples = Samples::new(seconds.into_iter().map(|one| one * 1e6).collect());
-    let at = |share| round(samples.per_mille(share));
-    json!({"p50": at(500), "p95": at(950), "p99": at(990), "max": at(1000)})
-}
-
-/// What an engine's own small copies wait for a large job of ours: the longest wait in each of some runs, beside the same
-/// copies alone, for the pacing that workers have, for one sub-batch at a time, and for none. Microseconds; null without a GPU.
-fn small_copies(memory: &BenchMemory) -> Result<Value, CliError> {
-    let shape = CopyShape {
-        range_bytes: MIB,
-        layers: 1,
-        method: CopyMethod::Auto,
-    };
-    let paced = memory.limits();
-    let single = CopyLimits {
-        outstanding_per_direction: 1,
-        ..paced
-    };
-    let unpaced = CopyLimits {
-        sub_batch_bytes: memory.bytes(),
-        ..paced
-    };
-    let mut all = json!({"bytes": SMALL_BYTES});
-    for (name, limits) in [
-        ("paced", paced),
-        ("one_outstanding", single),
-        ("unpaced", unpaced),
-    ] {
-        let copies = memory.copies(shape, limits)?;
-        for way in [Direction::HostToDevice, Direction::DeviceToHost] {
-            let word = Way::One(way).word();
-            let Some(alone) = copies.small(way, SMALL_BYTES, SMALL_COPIES)? else {
-                return Ok(Value::Null);
-            };
-            all[word]["alone"] = micros(alone);
-            // All but the last block of either side, which the small copies use.
-            let blocks = copies.blocks() - 1;
-            let pairs = Order::Shuffled.pairs(blocks, 0);
-            let kind = match way {
-                Direction::HostToDevice => CopyKind::Demand,
-                Direction::DeviceToHost => CopyKind::Save,
-            };
-            let (mut longest, mut beside, mut large) = (Vec::new(), Vec::new(), Vec::new());
-            for _ in 0..LARGE_JOBS {
-                large.push(copies.ours(&[(kind, pairs.clone())])?);
-                let waits = copies.small_beside((kind, pairs.clone()), SMALL_BYTES)?;
-                let waits = waits.unwrap_or_default();
-                longest.extend(waits.iter().copied().reduce(f64::max));
-                beside.extend(waits);
-            }
-            let rate = gbps(u64::from(blocks) * MIB, Samples::new(large).median());
-            all[word][name] = json!({
-                "longest": micros(longest),
-                "all": micros(beside),
-                "large_gbps": round(rate),
-            });
-        }
-    }
-    Ok(all)
 }
 
 /// How far it is, for people who look on.
