@@ -20,6 +20,9 @@ UV := $(TOOLS)/bin/uv
 REQUIREMENTS := tests/python/requirements
 # vLLM's newest release, before there is a CPU build of it: its Python sources, over .venv.
 NEXT := target/vllm-0.33
+# The build with fault points, in vLLM's Python.
+FAULTS_PATH := target/site-faults:tests/python
+FAULTS_PYTEST := GREENROOM_COMMAND=target/site-faults/bin/greenroom .venv/bin/python -m pytest
 BUILT := $(or $(CARGO_TARGET_DIR),target)
 CARGO_TEST = $(if $(shell cargo nextest --version 2>/dev/null),cargo nextest run,cargo test) $(CARGO_FLAGS)
 # AddressSanitizer needs a nightly toolchain, fuzzing itself does not.
@@ -116,15 +119,15 @@ check-schedulers: ## a short part of `check-harness`, if vLLM is installed
 
 .PHONY: check-harness
 check-harness: faults-wheel ## random agents on vLLM's real schedulers, with faults (GREENROOM_TURNS=100000: the long run)
-	PYTHONPATH=target/site-faults:tests/python GREENROOM_COMMAND=target/site-faults/bin/greenroom .venv/bin/python -m pytest tests/python/harness $(PYTEST_FLAGS)
+	PYTHONPATH=$(FAULTS_PATH) $(FAULTS_PYTEST) tests/python/harness $(PYTEST_FLAGS)
 
 .PHONY: check-harness-next
 check-harness-next: faults-wheel $(NEXT)/.ready ## a part of `check-harness` on the Python sources of vLLM 0.33 (PYTEST_FLAGS='-k ""': all)
 	@cd / && PYTHONPATH=$(abspath $(NEXT)) $(abspath .venv/bin/python) -c 'import importlib.util, sys; sys.exit("$(NEXT)/" not in importlib.util.find_spec("vllm").origin)' || \
 	  { echo "check-harness-next: $(NEXT) is incomplete: remove it" >&2; exit 1; }
 	VLLM_TARGET_DEVICE=cpu GREENROOM_TURNS=$${GREENROOM_TURNS:-1200} \
-	  PYTHONPATH=$(NEXT):target/site-faults:tests/python GREENROOM_COMMAND=target/site-faults/bin/greenroom \
-	  .venv/bin/python -m pytest tests/python/harness tests/python/unit/test_compat.py tests/python/unit/test_layouts.py \
+	  PYTHONPATH=$(NEXT):$(FAULTS_PATH) \
+	  $(FAULTS_PYTEST) tests/python/harness tests/python/unit/test_compat.py tests/python/unit/test_layouts.py \
 	  -k 'not two_ranks and not fall_than' $(PYTEST_FLAGS)
 
 # uv fetches the wheel once and keeps it. Compiled for CUDA it is of no use here, and vLLM does without.
