@@ -64,7 +64,7 @@ install: wheel .venv/.ready ## the wheel, installed beside vLLM in .venv
 # ---- for developers
 
 .PHONY: test
-test: $(TOOLS)/.ready ## what CI runs: `check`, then what needs a real vLLM (40 minutes on 2 cores)
+test: $(TOOLS)/.ready ## what CI runs: `check`, then what needs a real vLLM (50 minutes on 2 cores)
 	@# Installing vLLM is mostly waiting, the checks that do without it mostly computing.
 	mkdir -p $(BUILT)
 	$(MAKE) --no-print-directory venvs >$(BUILT)/venvs.log 2>&1 & venvs=$$!; trap 'kill $$venvs 2>/dev/null || true; wait || true' EXIT; \
