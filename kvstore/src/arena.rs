@@ -1,7 +1,7 @@
 //! The arena: a sealed memfd that the sidecar owns, and a shared mapping of it in every process that copies.
 //!
-//! Owns the descriptor and the mapping. Never reads or writes a block: other processes
-//! write this memory, so there is no safe slice of it to hand out; copy engines take the base address and argue themselves.
+//! Owns the descriptor and the mapping. Never reads or writes a block: other processes write this memory, so there is no
+//! safe slice of it to hand out; copy engines take the base address and argue themselves.
 //!
 //! Seals: SHRINK and GROW, so that no page of a mapping can vanish under a reader (SIGBUS), and SEAL, so that nobody adds
 //! WRITE or FUTURE_WRITE: workers need writable mappings. Workers are trusted with each other's blocks.
@@ -180,8 +180,8 @@ impl ArenaMap {
         self.base
     }
 
-    /// Has the kernel back every page now, with so many threads (with one, on the caller's), so that the first copies do not pay for it and a lack of
-    /// memory shows at start. Changes no content.
+    /// Has the kernel back every page now, with so many threads (with one, on the caller's), so that the first copies do
+    /// not pay for it and a lack of memory shows at start. Changes no content.
     ///
     /// # Errors
     /// `OutOfMemory`, `System`.
@@ -240,7 +240,8 @@ impl ArenaMap {
     /// For kernels before 5.14: an atomic write of what is there already backs the page without changing it.
     fn touch_chunk(&self, start: usize, len: usize) {
         for offset in (start..start + len).step_by(usize_from_u64(BASE_PAGE)) {
-            // SAFETY: the byte lies in the mapping, which is writable where it is populated; atomics have no alignment beyond one byte here.
+            // SAFETY: the byte lies in the mapping, which is writable where it is populated; atomics have no alignment
+            // beyond one byte here.
             let byte = unsafe { AtomicU8::from_ptr(self.base.add(offset).as_ptr()) };
             // A zero the optimiser cannot see: it makes a load, or nothing at all, of one it can.
             byte.fetch_or(black_box(0), Ordering::Relaxed);

@@ -110,6 +110,11 @@ impl Store {
         self
     }
 
+    /// Where that is shown.
+    pub fn presence(&self) -> Option<&Presence> {
+        self.index.presence()
+    }
+
     /// The present epoch of a namespace; the first call for an id creates it. When all places are taken, one with nothing
     /// stored is given up: its handles are stale then.
     ///

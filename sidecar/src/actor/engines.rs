@@ -220,7 +220,7 @@ impl Actor {
         {
             return Err(format!("rank {rank} of {} does not exist", hello.ranks));
         }
-        let (slot_bytes, presence_file) = self.cut_for(&geometry)?;
+        let slot_bytes = self.cut_for(&geometry)?;
         let key = known.unwrap_or_else(|| EngineKey(self.engines.next()));
         let engine = self
             .engines
@@ -273,10 +273,11 @@ impl Actor {
             .insert(connection, (key, hello.role));
         self.engines_changed();
         tracing::info!(engine = %hello.engine, role = ?hello.role, process, "engine connected");
+        let presence = self.cut.as_ref().and_then(|cut| cut.store.presence());
         Ok(Admitted {
             boot: self.config.boot,
             slot_bytes,
-            presence_file,
+            presence_file: presence.map(|presence| presence.file().clone()),
             watch,
         })
     }

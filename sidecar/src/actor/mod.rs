@@ -14,8 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use kvstore::{
-    ArenaFile, BlockHash, Counts, Effects, Geometry, Owner, Presence, Store, StoreConfig,
-    StoreError, Term,
+    BlockHash, Counts, Effects, Geometry, Owner, Presence, Store, StoreConfig, StoreError, Term,
 };
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
@@ -100,8 +99,6 @@ pub enum Event {
 struct Cut {
     slot_bytes: u64,
     store: Store,
-    /// Shows engines which of its blocks are readable.
-    presence_file: Option<Arc<ArenaFile>>,
 }
 
 /// The task's state.
@@ -453,12 +450,12 @@ impl Actor {
     }
 
     /// Cuts the arena into slots of an engine's size, if it can be.
-    fn cut_for(&mut self, geometry: &Geometry) -> Result<(u64, Option<Arc<ArenaFile>>), String> {
+    fn cut_for(&mut self, geometry: &Geometry) -> Result<u64, String> {
         geometry.validate().map_err(|error| error.to_string())?;
         let slot_bytes = geometry.slot_bytes();
         if let Some(cut) = &self.cut {
             if cut.slot_bytes == slot_bytes {
-                return Ok((slot_bytes, cut.presence_file.clone()));
+                return Ok(slot_bytes);
             }
             if !self.engines.is_empty() {
                 return Err(format!(
@@ -488,23 +485,16 @@ impl Actor {
             ),
             other => other.to_string(),
         })?;
-        let presence = Presence::create(slots).inspect_err(
-            |error| tracing::warn!(%error, "no presence filter; engines ask for every request"),
-        );
-        let (store, presence_file) = match presence {
-            Ok(presence) => {
-                let file = presence.file().clone();
-                (store.shown_in(presence), Some(file))
+        let store = match Presence::create(slots) {
+            Ok(presence) => store.shown_in(presence),
+            Err(error) => {
+                tracing::warn!(%error, "no presence filter; engines ask for every request");
+                store
             }
-            Err(_) => (store, None),
         };
-        self.cut = Some(Cut {
-            slot_bytes,
-            store,
-            presence_file: presence_file.clone(),
-        });
+        self.cut = Some(Cut { slot_bytes, store });
         self.engines.forget_namespaces();
-        Ok((slot_bytes, presence_file))
+        Ok(slot_bytes)
     }
 
     fn view(&self, session: &Session, now: Instant) -> SessionView {
