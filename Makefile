@@ -251,10 +251,11 @@ $(TOOLS)/.ready: $(REQUIREMENTS)/tools.txt
 	$(call install-vllm,.venv-026,$<)
 
 # $(1) environment, $(2) lock file. The lock names every package: no resolving, which could not have vLLM's torch.
+# Compiled now: where PYTHONDONTWRITEBYTECODE is set, each process of each vLLM would compile 20,000 files anew.
 define install-vllm
 @echo "Installing vLLM into $(1) (about 6 GB, once) …"
 $(UV) venv --quiet --allow-existing --python '$(VLLM_PYTHON)' $(1)
-$(UV) pip install --quiet --no-deps --python $(1) -r $(2)
+$(UV) pip install --quiet --no-deps --compile-bytecode --python $(1) -r $(2)
 touch $(1)/.ready
 endef
 
