@@ -19,6 +19,7 @@ ORDER = (
     "test_campaign",
     "test_lora",
     "test_speculation",
+    "test_quantised",
     "test_two_ranks",
     "test_demo_arms",
     "test_idle",

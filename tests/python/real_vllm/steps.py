@@ -11,7 +11,7 @@ from support.completions import Ask, Completion
 from support.engines import Engines
 from support.flood import flood, prompt
 from support.process import wait_until
-from support.servers import Rig, Sidecar
+from support.servers import Rig, Sidecar, VllmServer
 
 BLOCK = 32
 SAVED_S = 30
@@ -92,3 +92,30 @@ def first_turn(rig: Rig, ask: Ask) -> Completion:
 def evict(rig: Rig, name: str) -> None:
     """Others take the whole pool."""
     flood(rig.vllm, 3, name)
+
+
+def both_ways_back(plain: VllmServer, rig: Rig, reactive: Ask, hinted: Ask) -> None:
+    """KV of two sessions is saved and evicted; one's is back with its request, the other's before it."""
+    expected = [plain.ask(Ask(ask.prompt, ask.max_tokens)).tokens for ask in (reactive, hinted)]
+    first = [first_turn(rig, ask) for ask in (reactive, hinted)]
+    assert [answer.cached_tokens for answer in first] == [0, 0]
+    assert [answer.tokens for answer in first] == expected
+
+    blocks = len(reactive.prompt) // BLOCK
+    evict(rig, "one")
+    before = rig.vllm.loaded()
+    answer = rig.vllm.ask(reactive)
+    assert (answer.tokens, answer.cached_tokens) == (expected[0], blocks * BLOCK)
+    assert rig.vllm.loaded() - before == blocks * BLOCK
+
+    blocks = len(hinted.prompt) // BLOCK
+    rig.sidecar.post(f"/v1/sessions/{hinted.session}/tool_start", {"tool": "bash"})
+    fetched = rig.vllm.brought_back()
+    evict(rig, "two")
+    rig.sidecar.post(f"/v1/sessions/{hinted.session}/tool_end", {})
+    wait_back(rig, str(hinted.session), blocks)
+    assert rig.vllm.brought_back() - fetched >= blocks - LEFT_MAX
+    before = rig.vllm.loaded()
+    answer = rig.vllm.ask(hinted)
+    assert (answer.tokens, answer.cached_tokens) == (expected[1], blocks * BLOCK)
+    assert rig.vllm.loaded() == before

@@ -20,27 +20,4 @@ def agent(name: str) -> Ask:
 
 
 def test_the_oldest_release_saves_and_reloads(engines: Engines) -> None:
-    reactive, hinted = agent("reactive"), agent("hinted")
-    plain, rig = engines.both(OLD, OLD, **PATIENT)
-    expected = [plain.ask(Ask(ask.prompt, ask.max_tokens)).tokens for ask in (reactive, hinted)]
-    first = [steps.first_turn(rig, ask) for ask in (reactive, hinted)]
-    assert [answer.cached_tokens for answer in first] == [0, 0]
-    assert [answer.tokens for answer in first] == expected
-    whole = BLOCKS * steps.BLOCK
-
-    steps.evict(rig, "one")
-    before = rig.vllm.loaded()
-    answer = rig.vllm.ask(reactive)
-    assert (answer.tokens, answer.cached_tokens) == (expected[0], whole)
-    assert rig.vllm.loaded() - before == whole
-
-    rig.sidecar.post("/v1/sessions/hinted/tool_start", {"tool": "bash"})
-    fetched = rig.vllm.brought_back()
-    steps.evict(rig, "two")
-    rig.sidecar.post("/v1/sessions/hinted/tool_end", {})
-    steps.wait_back(rig, "hinted", BLOCKS)
-    assert rig.vllm.brought_back() - fetched >= BLOCKS - steps.LEFT_MAX
-    before = rig.vllm.loaded()
-    answer = rig.vllm.ask(hinted)
-    assert (answer.tokens, answer.cached_tokens) == (expected[1], whole)
-    assert rig.vllm.loaded() == before
+    steps.both_ways_back(*engines.both(OLD, OLD, **PATIENT), agent("reactive"), agent("hinted"))
