@@ -23,7 +23,7 @@ from campaign.hook_times import HookTimes, tail
 from campaign.load import HINTS, calls
 from campaign.plan import DEATH_EVERY, DEATHS, ENGINE_STOPS, SIDECAR_ACTS, draw
 from campaign.servers import Clock
-from campaign.soak import Sample, judge, trend, warm
+from campaign.soak import Sample, judge, rise, trend, warm
 from campaign.tally import OUTLIVED_AFTER, Tally, Turn, rows
 from real_vllm.audit import Audit
 from real_vllm.script import Signal
@@ -253,6 +253,12 @@ def test_growth_is_noticed(series: str, an_hour: float) -> None:
 def test_a_process_that_was_replaced_proves_nothing() -> None:
     (row,) = spoilt({}, pids={"Worker": 77.0})
     assert "Worker: one process" in row
+
+
+def test_descriptors_that_an_act_holds_are_no_growth() -> None:
+    held = [(float(at), 31.0 if at % 10 == 9 and at > 60 else 16.0) for at in range(100)]
+    assert rise(held) == 0
+    assert rise([(at, 16 + at // 25) for at, _ in held]) == 3
 
 
 def test_a_trend_is_told_from_noise() -> None:
