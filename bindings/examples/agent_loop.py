@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--model", default="model")
     parser.add_argument("--task", required=True)
     options = parser.parse_args()
-    print(run(options.vllm, Client(options.greenroom), options.model, options.task, uuid.uuid4().hex))
+    print(run(options.vllm, Client(options.greenroom, timeout=0.3), options.model, options.task, uuid.uuid4().hex))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -606,8 +608,9 @@ def test_a_namespace_is_stable_and_all_that_changes_kv_changes_it(tmp_path: Any)
     weights.write_bytes(b"1234")
     layout = groups(spec())
 
-    def material(layout_name: str = "LBHNC", **changes: Any) -> bytes:
-        return namespace.material(model_config(tmp_path, **changes), layout, layout_name)
+    def material(layout_name: str = "LBHNC", kv: Any = layout, path: Any = tmp_path, **changes: Any) -> bytes:
+        config = model_config(path, **changes)
+        return namespace.material(config, kv, layout_name, namespace.weights(config))
 
     same = material()
     assert material() == same
@@ -620,8 +623,8 @@ def test_a_namespace_is_stable_and_all_that_changes_kv_changes_it(tmp_path: Any)
         material(algo="sha256_cbor"),
         material(ranks=2),
         material(speculative=SimpleNamespace(method="eagle", model="draft")),
-        namespace.material(model_config("org/model"), layout, "LBHNC"),
-        namespace.material(model_config(tmp_path), groups(spec(FullAttentionSpec, sliding_window=8)), "LBHNC"),
+        material(path="org/model"),
+        material(kv=groups(spec(FullAttentionSpec, sliding_window=8))),
     }
     weights.write_bytes(b"12345")
     variants.add(material())
@@ -629,7 +632,19 @@ def test_a_namespace_is_stable_and_all_that_changes_kv_changes_it(tmp_path: Any)
     assert same not in variants
 
 
+def test_other_weights_of_the_same_size_and_time_are_noticed(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"1234")
+    before, loaded = weights.stat(), namespace.weights(model_config(tmp_path))
+    # The kernel's clock for files ticks every few milliseconds.
+    while weights.stat().st_ctime_ns == before.st_ctime_ns:
+        weights.write_bytes(b"5678")
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert namespace.weights(model_config(tmp_path)) != loaded
+
+
 def test_lora_engines_never_share(tmp_path: Any) -> None:
     lora = model_config(tmp_path, lora=SimpleNamespace())
     layout = groups(spec())
-    assert namespace.material(lora, layout, "x") != namespace.material(lora, layout, "x")
+    assert namespace.material(lora, layout, "x", []) != namespace.material(lora, layout, "x", [])

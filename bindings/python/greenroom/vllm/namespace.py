@@ -20,17 +20,18 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
 _log = logging.getLogger("vllm.greenroom")
 
 
-def material(config: Any, kv_cache_config: Any, layout: str) -> bytes:
+def material(config: Any, kv_cache_config: Any, layout: str, weights: list[Any]) -> bytes:
     """Everything besides the block hash that decides the bytes of a block, as canonical JSON.
 
-    Call it with the first request: the hash seed is only known then. Equal bytes mean that KV may be shared.
+    Call it with the first request: the hash seed is only known then. `weights`: as they were at the start, since the
+    files may have been replaced. Equal bytes mean that KV may be shared.
     """
     model, cache = config.model_config, config.cache_config
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     material = {
         "vllm": compat.VERSION,
         "device": compat.device_type(),
-        "weights": _weights(model),
+        "weights": weights,
         "load_format": str(config.load_config.load_format),
         "model_config": _model_details(model),
         "dtype": str(model.dtype),
@@ -60,8 +61,12 @@ def _model_details(model: Any) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _weights(model: Any) -> list[Any]:
-    """What names the weights: the revision that was resolved, or the files' names, sizes and times."""
+def weights(config: Any) -> list[Any]:
+    """What names the weights: the revision that was resolved, or the files' names, sizes and times of change.
+
+    The kernel's own times: those of modification a copy may set. Call it as soon as the weights are loaded.
+    """
+    model = config.model_config
     path = model.model
     if not os.path.isdir(path):
         return [path, model.revision, getattr(model.hf_config, "_commit_hash", None)]
@@ -69,7 +74,7 @@ def _weights(model: Any) -> list[Any]:
     for entry in sorted(os.scandir(path), key=lambda one: one.name):
         if entry.name.endswith(_WEIGHT_SUFFIXES):
             info = entry.stat()
-            files.append([entry.name, info.st_size, info.st_mtime_ns])
+            files.append([entry.name, info.st_size, info.st_ctime_ns])
     return [os.path.realpath(path), model.revision, files]
 
 

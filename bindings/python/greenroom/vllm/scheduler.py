@@ -28,6 +28,7 @@ class SchedulerSide:
         self._config = config
         self._kv_cache_config = kv_cache_config
         self._layout = compat.layout_name(config, kv_cache_config, settings)
+        self._weights = namespace.weights(config)
         self._block_tokens = engine.block_tokens
         self._ahead = compat.tokens_ahead(config)
         self._turns: dict[str, compat.Turn] = {}
@@ -51,7 +52,8 @@ class SchedulerSide:
     def request_enqueued(self, request: Any) -> None:
         """The lookup is sent ahead of the first scheduling attempt."""
         if not self._hooks.has_namespace():
-            self._hooks.open_namespace(namespace.material(self._config, self._kv_cache_config, self._layout))
+            made_of = namespace.material(self._config, self._kv_cache_config, self._layout, self._weights)
+            self._hooks.open_namespace(made_of)
         self._turns[request.request_id] = compat.Turn(request, self._block_tokens)
         self._hooks.turn_started(request.request_id, compat.identity(request), b"".join(request.block_hashes))
         hints = compat.hints_json(request)
