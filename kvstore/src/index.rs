@@ -11,8 +11,7 @@ use crate::error::StoreError;
 use crate::ids::{BlockHash, Epoch, Namespace, NamespaceId, SlotId, Space, low_half};
 use crate::presence::Presence;
 
-/// Hashes keys that are digests already, the same way in every process (see `presence`): adds up their words and spreads
-/// the sum with one multiplication.
+/// Hashes keys that are digests already: adds up their words and spreads the sum with one multiplication.
 ///
 /// Keys come from vLLM's SHA-256 family, so any 64 of their bits are uniform, and SipHash over 32 bytes would cost more than
 /// the rest of a lookup. There is no secret in it: keys are computed by an engine on this machine, which is trusted; a user

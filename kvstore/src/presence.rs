@@ -9,7 +9,7 @@
 //! (FUTURE_WRITE), so that nobody else can write it. Here is the one `unsafe` that shows the bytes as atomics.
 #![allow(unsafe_code, reason = "shared memory is shown as atomics")]
 
-use std::hash::{BuildHasher, BuildHasherDefault};
+use std::hash::Hasher;
 use std::os::fd::{AsFd, OwnedFd};
 use std::slice;
 use std::sync::Arc;
@@ -23,7 +23,8 @@ use crate::error::ArenaError;
 use crate::ids::{BlockHash, low_half, usize_from_u64};
 use crate::index::DigestHasher;
 
-// Where a block counts is agreed between two processes: a change here, or of `DigestHasher`, is one of the engine protocol.
+// Where a block counts is agreed between two processes: what changes it, here or in `DigestHasher`, changes the engine
+// protocol, whose number must rise.
 
 /// Counters for each slot: m.
 const CELLS_PER_SLOT: u64 = 16;
@@ -143,7 +144,10 @@ impl Cells {
     /// Double hashing (Kirsch and Mitzenmacher, 2006): the digest, and its sum with multiples of its turned self, each as a
     /// fraction of one, times the number of cells.
     fn positions(&self, hash: &BlockHash) -> impl Iterator<Item = usize> + use<> {
-        let digest = BuildHasherDefault::<DigestHasher>::default().hash_one(hash);
+        // Not by `Hash`: what that feeds a hasher may differ between two compilers.
+        let mut hasher = DigestHasher::default();
+        hasher.write(&hash.0);
+        let digest = hasher.finish();
         let cells = u128::from(self.map.bytes());
         (0..CELLS_PER_BLOCK).map(move |n| {
             let fraction = digest.wrapping_add(n.wrapping_mul(digest.rotate_left(32)));
@@ -197,6 +201,17 @@ mod tests {
         );
         writer.remove(&hash(1));
         assert!(!reader.may_have(&hash(1)));
+    }
+
+    /// By the formula of [`Cells::positions`], computed apart. If this fails, raise the number of the engine protocol.
+    #[test]
+    fn blocks_count_where_every_build_looks_for_them() {
+        let (writer, _) = pair(1024);
+        let rising = BlockHash(std::array::from_fn(|n| u8::try_from(n).unwrap()));
+        let falling = BlockHash(rising.0.map(|byte| 255 - byte));
+        let positions = |hash| writer.cells.positions(hash).collect::<Vec<_>>();
+        assert_eq!(positions(&rising), [14_856, 9_905, 4_954, 2]);
+        assert_eq!(positions(&falling), [11_202, 14_465, 1_344, 4_607]);
     }
 
     #[test]
