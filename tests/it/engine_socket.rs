@@ -8,7 +8,9 @@ use greenroom_tests::engine::{Engine, chain};
 use greenroom_tests::sidecar::{Sidecar, until};
 use kvstore::BlockHash;
 use sidecar::engine::client::{Inbound, SchedulerLink};
-use sidecar::engine::frames::{Hashes, Hello, Role, ToEngine, ToSidecar, Wish, decode, encode};
+use sidecar::engine::frames::{
+    Hashes, Hello, PROTOCOL, Role, ToEngine, ToSidecar, Wish, decode, encode,
+};
 use sidecar::engine::socket::read_frame;
 
 fn hello(engine: &str, role: Role) -> Hello {
@@ -147,6 +149,24 @@ fn hellos_that_cannot_be_accepted_are_told_why() {
         })
         .contains("differ")
     );
+}
+
+#[test]
+fn an_engine_of_another_release_is_told_so() {
+    let sidecar = Sidecar::start("4MiB");
+    let stream = UnixStream::connect(sidecar.socket()).unwrap();
+    let mut frame = encode(1, &ToSidecar::Hello(hello("old", Role::Scheduler))).unwrap();
+    frame[4..6].copy_from_slice(&(PROTOCOL - 1).to_le_bytes());
+    (&stream).write_all(&frame).unwrap();
+    // In this end's version: the other one sees that, whatever it makes of the rest.
+    let (_, body, _) = read_frame(&stream).unwrap();
+    match decode(&body).unwrap() {
+        ToEngine::Refused { reason } => {
+            assert!(reason.contains("same Greenroom release"), "{reason}")
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(closed(&stream));
 }
 
 #[test]

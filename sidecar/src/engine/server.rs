@@ -18,7 +18,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 use super::frames::{
-    HEADER_BYTES, Header, Hello, Rising, Role, ToEngine, ToSidecar, decode, encode,
+    FrameError, HEADER_BYTES, Header, Hello, Rising, Role, ToEngine, ToSidecar, decode, encode,
 };
 use super::socket::{FRAME_TIMEOUT, invalid, is_trusted, send_with_descriptor};
 use crate::actor::{Admitted, ConnectionId, Event, Handle};
@@ -171,7 +171,14 @@ async fn serve(
     actor: &Handle,
 ) -> io::Result<()> {
     let (mut reader, writer) = stream.into_split();
-    let (sequence, message) = tokio::time::timeout(HELLO_TIMEOUT, read(&mut reader)).await??;
+    let (sequence, message) = match tokio::time::timeout(HELLO_TIMEOUT, read(&mut reader)).await? {
+        Ok(first) => first,
+        // An answer that it cannot read either: but its version it does, and says what to do.
+        Err(error) if of_another_release(&error) => {
+            return refuse(&writer, 1, error.to_string()).await;
+        }
+        Err(error) => return Err(error),
+    };
     let ToSidecar::Hello(hello) = message else {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
@@ -276,6 +283,11 @@ async fn listen(
             })
             .await;
     }
+}
+
+fn of_another_release(error: &io::Error) -> bool {
+    let frame_error = error.get_ref().and_then(|inner| inner.downcast_ref());
+    matches!(frame_error, Some(FrameError::Version(_)))
 }
 
 /// Answers a hello that cannot be accepted, and ends the connection.
