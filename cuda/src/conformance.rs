@@ -111,6 +111,7 @@ pub fn run_all(factory: &dyn EngineFactory, seed: u64) {
             name,
             seed,
             rng: Rng::new(seed),
+            fenced: Fenced::default(),
         });
     }
 }
@@ -122,6 +123,14 @@ struct Case<'a> {
     name: &'static str,
     seed: u64,
     rng: Rng,
+    fenced: Fenced,
+}
+
+/// How jobs ended that were fenced.
+#[derive(Clone, Copy, Debug, Default)]
+struct Fenced {
+    done: u32,
+    cancelled: u32,
 }
 
 impl Case<'_> {
@@ -418,6 +427,10 @@ fn fences_hold(case: &mut Case<'_>) {
             case.check(allowed, "only fenced jobs are cancelled");
             if !fenced.contains(&job.id) {
                 world.model(job.kind.direction(), &job.pairs);
+            } else if *outcome == Outcome::Done {
+                case.fenced.done += 1;
+            } else {
+                case.fenced.cancelled += 1;
             }
         }
         case.check(world.matches(), "poisoned destinations stay poisoned");
@@ -495,6 +508,7 @@ mod tests {
                 name: "turned around",
                 seed,
                 rng: Rng::new(seed),
+                fenced: Fenced::default(),
             });
         }
     }
@@ -526,15 +540,20 @@ mod tests {
                 }
             });
             let end = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                let mut fenced = Fenced::default();
                 for round in 0..STOP_AND_GO_ROUNDS {
-                    let rng = Rng::new(seed.wrapping_add(round));
-                    fences_hold(&mut Case {
+                    let mut case = Case {
                         factory: &factory,
                         name: "stop and go",
                         seed,
-                        rng,
-                    });
+                        rng: Rng::new(seed.wrapping_add(round)),
+                        fenced,
+                    };
+                    fences_hold(&mut case);
+                    fenced = case.fenced;
                 }
+                let both = fenced.done > 100 && fenced.cancelled > 100;
+                assert!(both, "fences came always late or always early: {fenced:?}");
             }));
             over.store(true, Ordering::Relaxed);
             if let Err(panic) = end {
