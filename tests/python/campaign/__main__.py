@@ -49,16 +49,22 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_faults(options: argparse.Namespace, engines: Engines, witness: Follower, tally: Tally) -> None:
-    """Rounds on one rank, then on two. Raises `Failed`."""
+def run_faults(options: argparse.Namespace, engines: Engines, witness: Follower, tally: Tally) -> list[Row]:
+    """Rounds on one rank, then on two; a part that there was no time for is no success. Raises `Failed`."""
     until = time.monotonic() + options.minutes * 60
     two = round(options.rounds * TWO_RANKS_SHARE)
+    made = []
     for ranks, rounds, death_every in ((1, options.rounds - two, DEATH_EVERY), (2, two, TWO_RANKS_DEATH_EVERY)):
-        if not rounds or time.monotonic() > until:
+        if not rounds:
             continue
-        acts = itertools.islice(draw(options.seed + ranks, death_every=death_every), rounds)
-        in_time = itertools.takewhile(lambda _: time.monotonic() <= until, acts)
-        prepare(engines, witness, tally, say, options.seed, ranks).run(in_time)
+        before = tally.acts.total()
+        if time.monotonic() <= until:
+            acts = itertools.islice(draw(options.seed + ranks, death_every=death_every), rounds)
+            in_time = itertools.takewhile(lambda _: time.monotonic() <= until, acts)
+            prepare(engines, witness, tally, say, options.seed, ranks).run(in_time)
+        done = tally.acts.total() - before
+        made.append(Row(f"rounds on {ranks} ranks", f"{done} of {rounds}", done > 0))
+    return made
 
 
 def run_soak(
@@ -115,7 +121,7 @@ def main() -> int:
     try:
         witness = Follower(AUDIT_LOG)
         if options.kind == "faults":
-            run_faults(options, engines, witness, tally)
+            more = run_faults(options, engines, witness, tally)
         else:
             more = run_soak(options, engines, witness, tally, content)
     except Failed:
