@@ -44,7 +44,7 @@ table! {
     COPY_FAILURES "greenroom_copy_failures_total" ["direction", "kind"] "Copy jobs that failed or were cancelled.";
     HOOK_SECONDS "greenroom_hook_seconds" ["hook"] "Duration of a scheduler hook, in seconds.";
     HOOK_TIMEOUTS "greenroom_hook_timeouts_total" [] "Lookups that the scheduler gave up waiting for (each became a miss).";
-    MATCH_BLOCKS "greenroom_match_blocks_total" ["result"] "Blocks of prompts that the GPU did not have, by whether the arena had them.";
+    MATCH_BLOCKS "greenroom_match_blocks_total" ["result"] "Blocks of prompts that the GPU did not have: loaded from the arena (hit) or computed (miss).";
     EVICTED_BLOCKS "greenroom_evicted_blocks_total" ["reason"] "Blocks that lost their slot.";
     FENCED_COPIES "greenroom_fenced_copies_total" [] "Copies whose slots or GPU blocks were held back until the copy was proved to have ended.";
     EXPIRED_LEASES "greenroom_expired_leases_total" [] "Leases and reservations that ran out of time.";

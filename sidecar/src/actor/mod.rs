@@ -497,12 +497,26 @@ impl Actor {
         Ok(slot_bytes)
     }
 
-    fn view(&self, session: &Session, now: Instant) -> SessionView {
+    /// How many of its leading blocks are stored, of those in `chain`.
+    fn stored(&self, session: &Session, chain: &[BlockHash]) -> usize {
         let namespace = session.home.and_then(|(_, id)| self.engines.namespace(id));
-        let stored = match (&self.cut, namespace) {
-            (Some(cut), Some(namespace)) => cut.store.match_prefix(namespace, &session.chain),
+        match (&self.cut, namespace) {
+            (Some(cut), Some(namespace)) => cut.store.match_prefix(namespace, chain),
             _ => 0,
-        };
+        }
+    }
+
+    /// One of [`STATES`]. Only the store knows what was dropped.
+    fn state(&self, session: &Session) -> &'static str {
+        let first = &session.chain[..session.chain.len().min(1)];
+        match session.state() {
+            "host" if self.stored(session, first) == 0 => "dropped",
+            state => state,
+        }
+    }
+
+    fn view(&self, session: &Session, now: Instant) -> SessionView {
+        let stored = self.stored(session, &session.chain);
         let expected = self.sessions.expected_return(session.key, now);
         let engine = session
             .home
@@ -510,11 +524,7 @@ impl Actor {
         let block_tokens = engine.map_or(0, |engine| u64::from(engine.block_tokens));
         SessionView {
             name: session.name.as_str().to_owned(),
-            state: if stored == 0 && session.state() == "host" {
-                "dropped"
-            } else {
-                session.state()
-            },
+            state: self.state(session),
             tokens: u64::try_from(session.chain.len()).unwrap_or(u64::MAX) * block_tokens,
             gpu_blocks: session.gpu_blocks,
             host_blocks: u64::try_from(stored).unwrap_or(u64::MAX),
@@ -531,7 +541,7 @@ impl Actor {
         for session in self.sessions.iter() {
             if let Some((_, count)) = states
                 .iter_mut()
-                .find(|(state, _)| *state == session.state())
+                .find(|(state, _)| *state == self.state(session))
             {
                 *count += 1;
             }

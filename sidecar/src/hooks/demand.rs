@@ -145,6 +145,11 @@ impl SchedulerHooks {
         });
         let count = u64::try_from(gpu_blocks.len()).unwrap_or(u64::MAX);
         self.figures.match_hits += count;
+        let computed = turn
+            .hashes
+            .len()
+            .saturating_sub(turn.local + gpu_blocks.len());
+        self.figures.match_misses += u64::try_from(computed).unwrap_or(u64::MAX);
         self.totals.demand_blocks += count;
         let work = Work::Demand {
             request: request.to_owned(),

@@ -354,3 +354,22 @@ fn a_running_request_waits_for_one_chunk_at_most() {
     assert_eq!(fetched, 3 * 500);
     engine.pool.release(&runs);
 }
+
+#[test]
+fn a_session_that_the_arena_has_dropped_is_counted_as_such() {
+    let (sidecar, mut engine, _) = with_a_saved();
+    let mut seed = 7;
+    until("nothing of it is left", || {
+        seed += 1;
+        engine.flood(seed, 90);
+        engine.settle();
+        sidecar.get("/v1/sessions/a")["state"] == "dropped"
+    });
+    let status = sidecar.get("/v1/status");
+    let dropped = status["sessions"]["dropped"].as_u64().unwrap();
+    assert!(dropped >= 1, "{status}");
+    assert_eq!(
+        sidecar.metric("greenroom_sessions{state=\"dropped\"}"),
+        dropped
+    );
+}

@@ -144,7 +144,9 @@ fn vllm_finding(version: Option<&str>) -> Finding {
             area,
             format!("{version}: its scheduler and connector code is tested, servers are not"),
         )
-        .do_this("use 0.32, or watch for errors"),
+        .do_this(
+            "use 0.32, or set \"force\": true in kv_connector_extra_config and watch for errors",
+        ),
         _ if version == "0.26.0" || version.starts_with("0.26.0+") => {
             Finding::note(area, format!("{version}: smoke-tested"))
                 .do_this("0.32 is the tested version; use it where you can")
