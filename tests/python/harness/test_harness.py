@@ -163,6 +163,12 @@ def test_sessions_that_exceed_the_pool(sidecar: Sidecar, seed: int, asynchronous
 
         wait_until(what, step, GIVE_BACK_S, poll_s=0)
 
+    def fetched_when_quiet() -> int:
+        """Fetches that are under way end; with nothing new, nothing else is to begin."""
+        for _ in range(QUIET_STEPS):
+            engine.idle_step()
+        return engine.figures()["prefetch_blocks"]
+
     def is_saved(sessions: int) -> bool:
         blocks = CROWD_TOKENS // engine.options.block_tokens
         return engine.figures()["saved_blocks"] == blocks * sessions
@@ -174,7 +180,7 @@ def test_sessions_that_exceed_the_pool(sidecar: Sidecar, seed: int, asynchronous
             first |= turns("first", session)
             steps_until("saving", partial(is_saved, number))
             hints.call("POST", f"/v1/sessions/{session}/tool_start", {"tool": "make", "eta_ms": 600_000})
-        before = engine.figures()["prefetch_blocks"]
+        before = fetched_when_quiet()
         answer = hints.hint("kv.prefetch", *prompts)
         steps_until("the answer", answer.done)
         outcomes = {result["outcome"] for result in answer.result()["results"]}
@@ -182,13 +188,9 @@ def test_sessions_that_exceed_the_pool(sidecar: Sidecar, seed: int, asynchronous
         assert outcomes & {"clipped", "deferred"}, outcomes
 
         # Who is back stays: with nothing new, nothing is moved.
-        for _ in range(QUIET_STEPS):
-            engine.idle_step()
-        fetched = engine.figures()["prefetch_blocks"]
+        fetched = fetched_when_quiet()
         assert fetched - before <= engine.options.blocks
-        for _ in range(QUIET_STEPS):
-            engine.idle_step()
-        assert engine.figures()["prefetch_blocks"] == fetched, "sessions push each other out"
+        assert fetched_when_quiet() == fetched, "sessions push each other out"
 
         assert turns("second", *prompts) == first
         assert engine.free_blocks() == engine.options.blocks - 1
