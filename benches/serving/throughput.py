@@ -42,6 +42,7 @@ from serving import IN, OUT, report, state_file
 from serving.report import say
 from support.completions import Ask
 from support.flood import prompt
+from support.make_model import DEMO
 from support.process import wait_until
 from support.servers import (
     Connector,
@@ -84,7 +85,7 @@ RATIO = ("greenroom", "without")
 STARTS = ("without", "stock")
 
 CONFIG = VllmConfig(
-    model="demo",
+    model=DEMO,
     gpu_blocks=GPU_BLOCKS,
     max_model_len=2048,
     dev_mode=False,

@@ -193,6 +193,11 @@ impl Engine {
 
     /// One engine step: plan, copies, reports. Computes nothing.
     pub fn step(&mut self) {
+        self.step_beside(|_| {});
+    }
+
+    /// A step that computes for as long as `meanwhile` takes.
+    pub fn step_beside(&mut self, meanwhile: impl FnOnce(&StepPlan)) {
         let step = Step {
             reserve: self.reserve,
             handed_out: self.pool.take_handed_out(),
@@ -203,6 +208,7 @@ impl Engine {
             .map(|bytes| StepPlan::decode(&bytes).unwrap())
             .unwrap_or_default();
         self.workers.begin(&self.plan);
+        meanwhile(&self.plan);
         self.workers.end();
         let loads = self.workers.collect(&mut self.hooks, &mut self.pool);
         self.loaded.extend(loads.ended);

@@ -42,7 +42,7 @@ impl SchedulerHooks {
             // something else.
             if !matches!(turn.lookup, Lookup::Waiting { .. }) {
                 turn.give_back(&mut released);
-                turn.lookup = Lookup::Nothing { from: local };
+                turn.lookup = Lookup::Absent;
                 self.release(&released);
             }
             return Match::Miss;
@@ -111,7 +111,7 @@ impl SchedulerHooks {
         let offered = turn.offered.take();
         if gpu_blocks.is_empty() {
             let mut released = Vec::new();
-            if matches!(turn.lookup, Lookup::Nothing { .. } | Lookup::Waiting { .. }) {
+            if !matches!(turn.lookup, Lookup::Idle | Lookup::Ready(_)) {
                 let missed = turn.hashes.len().saturating_sub(turn.local);
                 self.figures.match_misses += u64::try_from(missed).unwrap_or(u64::MAX);
                 turn.lookup = Lookup::Idle;

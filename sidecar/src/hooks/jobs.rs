@@ -1,6 +1,7 @@
 //! Copies in flight: what each one is for and who has reported. A job ends when its last rank has.
 
 use std::collections::{HashMap, HashSet};
+use std::time::Instant;
 
 use kvstore::{BlockHash, GpuBlock};
 
@@ -24,6 +25,7 @@ pub(super) enum Work {
     /// Blocks on their way to the arena.
     Save {
         lease: u64,
+        expires: Instant,
         blocks: Vec<SavedBlock>,
         fenced: bool,
     },

@@ -448,7 +448,7 @@ impl SchedulerHooks {
         let mut requests = Vec::new();
         for ended in &report.ended {
             if let Some(job) = self.jobs.rank_done(ended) {
-                requests.extend(self.finish(job, pool));
+                requests.extend(self.finish(job, pool, now));
             }
         }
         self.work_due = true;

@@ -72,6 +72,7 @@ impl SchedulerHooks {
                     self.ship(
                         Work::Save {
                             lease: grant.lease,
+                            expires: grant.expires,
                             blocks,
                             fenced: false,
                         },
@@ -183,7 +184,12 @@ impl SchedulerHooks {
     }
 
     /// All ranks have reported: commit or drop, publish or free. Returns the request that waited for it.
-    pub(super) fn finish(&mut self, job: Job, pool: &mut dyn GpuPool) -> Option<String> {
+    pub(super) fn finish(
+        &mut self,
+        job: Job,
+        pool: &mut dyn GpuPool,
+        now: Instant,
+    ) -> Option<String> {
         let (kind, current) = (job.work.kind(), job.epoch == self.epoch);
         let same = job.connection == self.connection.number;
         let good = !job.failed && current;
@@ -234,17 +240,25 @@ impl SchedulerHooks {
                 }
                 None
             }
-            Work::Save { lease, blocks, .. } => {
+            Work::Save {
+                lease,
+                expires,
+                blocks,
+                ..
+            } => {
                 saves::finish(&blocks, pool);
-                if same {
-                    let sent = self.send(&ToSidecar::Settle {
-                        lease,
-                        commit: good,
-                    });
-                    if let Some(sequence) = sent.filter(|_| good) {
-                        let hashes = blocks.iter().map(|block| block.hash).collect();
-                        self.connection.stored.committed(sequence, hashes);
-                    }
+                if !same {
+                    return None;
+                }
+                // A save is copied after the step that it was shipped with, and that may take longer than a lease lasts.
+                let late = good && now + LEASE_MARGIN >= expires;
+                let commit = good && !late;
+                let sent = self.send(&ToSidecar::Settle { lease, commit });
+                let hashes: Vec<BlockHash> = blocks.iter().map(|block| block.hash).collect();
+                if late {
+                    self.saves.push(&hashes);
+                } else if let Some(sequence) = sent.filter(|_| commit) {
+                    self.connection.stored.committed(sequence, hashes);
                 }
                 None
             }

@@ -54,8 +54,10 @@ pub(super) enum Lookup {
     },
     /// Answered: these.
     Ready(LeasedRun),
-    /// Answered, or seen in the presence filter: the block at `from` is not there.
+    /// Answered: the block at `from` is not there.
     Nothing { from: usize },
+    /// Seen in the presence filter: the first block of use is not there. It may be by the next step.
+    Absent,
 }
 
 /// One request.
@@ -135,7 +137,7 @@ impl Turn {
             }
             Lookup::Waiting { .. } => Answer::Miss,
             Lookup::Nothing { from } if *from == local => Answer::Miss,
-            Lookup::Idle | Lookup::Nothing { .. } => Answer::Ask { from: local },
+            Lookup::Idle | Lookup::Nothing { .. } | Lookup::Absent => Answer::Ask { from: local },
             Lookup::Ready(run) if !run.is_usable(now) || local < run.from || local >= run.end() => {
                 self.give_back(released);
                 Answer::Ask { from: local }
@@ -311,6 +313,8 @@ mod tests {
         turn.lookup = Lookup::Nothing { from: 5 };
         assert_eq!(ask(&mut turn, 5, 7, now).0, Answer::Miss);
         assert_eq!(ask(&mut turn, 6, 7, now).0, Answer::Ask { from: 6 });
+        turn.lookup = Lookup::Absent;
+        assert_eq!(ask(&mut turn, 5, 7, now).0, Answer::Ask { from: 5 });
     }
 
     #[test]

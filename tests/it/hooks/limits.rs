@@ -174,6 +174,26 @@ fn a_lease_that_ends_while_its_request_waits_is_not_used() {
     });
 }
 
+#[test]
+fn what_was_saved_too_late_is_saved_again() {
+    let sidecar = Sidecar::start_with(MEMORY, "lease_ttl = \"1s\"\n");
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    engine.turn(Some("a"), &session(40, 1));
+    let mut shipped = false;
+    until("the save is on its way", || {
+        engine.step_beside(|plan| {
+            shipped = !plan.saves.is_empty();
+            if shipped {
+                until("its reservation has ended", || {
+                    sidecar.metric("greenroom_expired_leases_total") == 1
+                });
+            }
+        });
+        shipped
+    });
+    saved(&mut engine, &sidecar, "a", BLOCKS);
+}
+
 /// Blocks that a step of a busy engine may name: what it looks at, what it holds, one chunk, two save jobs.
 const TOUCHED_MAX: usize = 2000;
 

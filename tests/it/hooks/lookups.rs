@@ -52,3 +52,28 @@ fn what_is_no_longer_stored_is_not_asked_for() {
     });
     assert_eq!(first_answer(&mut engine, &mine, 0), Match::Miss);
 }
+
+/// A request that no blocks are free for is looked at again with each step.
+#[test]
+fn what_is_stored_while_a_request_queues_is_asked_for() {
+    let (sidecar, mut engine, _) = with_a_saved();
+    let chain = session(40, 2);
+    let ask = |engine: &mut Engine| {
+        engine.step();
+        let useful = (0, chain.len());
+        let hooks = &mut engine.hooks;
+        hooks.match_prefix("r", useful, Holders::default(), Instant::now())
+    };
+    let now = Instant::now();
+    engine.hooks.turn_started("r", Some("r"), &chain, now);
+    until("the request is known", || {
+        assert_eq!(ask(&mut engine), Match::Miss);
+        engine.hooks.knows_session("r")
+    });
+    assert_eq!(ask(&mut engine), Match::Miss);
+    let mut other = Engine::start(&sidecar, "other", 100);
+    turn_and_save(&mut other, &sidecar, "b", &chain);
+    until("the other engine's blocks are offered", || {
+        ask(&mut engine) == Match::Hit(40)
+    });
+}

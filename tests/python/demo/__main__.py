@@ -19,7 +19,7 @@ from demo import report
 from demo.arms import FLOOD_AGENTS, Greenroom, Plain, Plan, Sample
 from support import nvidia
 from support.flood import FLOOD_MAX_TOKENS
-from support.make_model import kv_bytes_per_token
+from support.make_model import DEMO, kv_bytes_per_token
 from support.paths import CUDA, ROOT
 from support.servers import (
     Cuda,
@@ -63,7 +63,7 @@ class Machine:
     """Of the GPU; None: the CPU build."""
 
 
-CPU = Machine("demo", 6000, 5000, FLOOD_MAX_TOKENS, 1, agents=2, seconds=330, block_size=32, spare_arena=2.0)
+CPU = Machine(DEMO, 6000, 5000, FLOOD_MAX_TOKENS, 1, agents=2, seconds=330, block_size=32, spare_arena=2.0)
 GPU = Machine(
     "llama-8b",
     16_000,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
+from support.make_model import DEMO
 from support.paths import CUDA
 from support.servers import Cuda, VllmConfig
 
@@ -54,7 +55,7 @@ class Sizes:
 
 
 CPU = Sizes(
-    config=VllmConfig(version=CUDA, model="demo", max_model_len=3072),
+    config=VllmConfig(version=CUDA, model=DEMO, max_model_len=3072),
     memory="256MiB",
     agent_tokens=1000,
     agents=2,
