@@ -18,7 +18,6 @@ def arguments() -> argparse.Namespace:
     hint.set_defaults(seconds=hint_latency.SECONDS, main=hint_latency.main)
     load = names.add_parser("throughput", help="with Greenroom against without it, nothing to reuse")
     load.add_argument("--rounds", type=int, default=throughput.ROUNDS, help="starts of the two servers")
-    load.add_argument("--requests", type=int, default=throughput.REQUESTS, help="requests of one block")
     load.set_defaults(seconds=throughput.SECONDS, main=throughput.main)
     for each in (hint, load):
         each.add_argument("--json", type=Path, help="file for the figures")

@@ -1,22 +1,25 @@
 """vLLM's throughput with Greenroom against that without it, where no prompt is ever seen again: Greenroom's whole cost.
 
 A *block* is a fixed batch of requests, a few at once; every block has prompts of its own, so that neither vLLM's prefix
-cache nor Greenroom's arena can help (`cached_tokens` must be 0). Two starts of one server differ by several per cent,
-by the pages that the kernel happens to give: more than Greenroom costs. So the server with Greenroom and the one
-without are one process, out of which the connector is taken between two blocks (`switched`). A *set* is four blocks in
-random order: one with Greenroom, two without, and one of a stock server that never had a connector. A *round* starts
-both servers anew and makes some sets. Of each set, Greenroom's speed over the mean of the two without is a ratio; the
-two, which differ by nothing but chance, are the noise floor; and that mean over the stock server shows, as far as two
-starts can be compared, that a server without its connector is a stock one. What a start costs by chance all its sets
-share, so that a round counts once, with the median of its sets.
+cache nor Greenroom's arena can help (`cached_tokens` must be 0). Three things differ by more than Greenroom costs, and
+each is taken out:
 
-Both servers compute on the same cores, named outright: left to itself vLLM's CPU build reserves a core for a connector,
-and where that leaves none (on two cores) it reserves nothing and computes on all of them, so that the servers would
-differ by far more than by Greenroom. Everything else of theirs (front end, scheduler, copies, the sidecar) runs on the
-last core, or what of it lands on a computing core by chance would be the largest difference between two blocks. And
-they take their memory in 2 MiB pages: with 4 KiB ones starts differ twice as much.
+- A machine's speed changes from second to second, by its neighbours. So two servers run their blocks in *slices*: one
+  is stopped (SIGSTOP, its sidecar too) while the other runs, in turns of a quarter of a second, and a block's time is
+  that in which its server ran. (On the machine that this was written on, a minute of 8 s each compared two arms to
+  2.5 %, a minute of such slices to 0.8 %.)
+- Two starts of one server differ by several per cent, by the pages that the kernel happens to give. So both servers
+  have Greenroom, and its connector can be taken out of them between two blocks (`switched`). In one *pair* of blocks
+  the first has it and the second has not, in another one it is the other way round: the geometric mean of the two
+  ratios is free of what the servers are by chance.
+- Left to itself vLLM's CPU build reserves a core for a connector, and where that leaves none (on two cores) it reserves
+  nothing and computes on all of them. So both servers compute on the same cores, named outright. Everything else of
+  theirs (front end, scheduler, copies, the sidecar) runs on the last core.
 
-vLLM's worker spins for a second after its last step and Greenroom saves a little longer: a block begins when all
+A *round* starts both servers anew and runs those two pairs and two in which neither has the connector: their ratio,
+which is chance alone, is the noise floor. Memory comes in 2 MiB pages: with 4 KiB ones starts differ twice as much.
+
+vLLM's worker spins for a second after its last step and Greenroom saves a little longer: a block begins when both
 servers have come to rest, or it would pay for the block before. What happens after a block's last token is not in its
 tokens per second but is in its processor time, which is shown beside.
 """
@@ -26,12 +29,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import random
+import signal
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,7 +46,7 @@ from demo.report import Bar
 from demo.stats import Comparison, compare_pairwise, percentile
 from serving import IN, OUT, report, state_file
 from serving.report import say
-from support.completions import Ask
+from support.completions import Ask, Completion
 from support.flood import prompt
 from support.make_model import DEMO
 from support.process import wait_until
@@ -56,12 +62,12 @@ from support.servers import (
 
 ROUNDS = 8
 ROUNDS_MIN = 8
-SETS = 6
-"""Of a round, after one that warms up."""
-SETS_MIN = 5
-"""Valid ones, of a round that counts."""
-REQUESTS = 16
 SECONDS = 3000.0
+BLOCK_S = 16.0
+"""What a block is to take: of so many requests as the first ones say."""
+WARM_REQUESTS = 8
+SLICE_S = 0.25
+BLOCK_WAIT_S = 300
 CONCURRENCY = 4
 PROMPT_TOKENS = 512
 ANSWER_TOKENS = 64
@@ -74,15 +80,17 @@ REST_S = 0.4
 REST_SHARE = 0.05
 """Of one core, over `REST_S`: below it a server is at rest."""
 REST_WAIT_S = 30
-IDLE_SHARE_MAX = 0.03
-"""Of one core, over a whole block: what a server that is not asked may use. vLLM alone uses up to 2.2 %."""
 SAVED_SHARE_MIN = 0.95
 SAVED_WAIT_S = 10
 SWITCH_S = 10
-ARMS = ("without 1", "without 2", "greenroom", "stock")
-FLOOR = ("without 1", "without 2")
-RATIO = ("greenroom", "without")
-STARTS = ("without", "stock")
+GREENROOM, WITHOUT = ARMS = ("greenroom", "without")
+PAIRS = {
+    "first": (GREENROOM, WITHOUT),
+    "second": (WITHOUT, GREENROOM),
+    "neither 1": (WITHOUT, WITHOUT),
+    "neither 2": (WITHOUT, WITHOUT),
+}
+"""Which of the two servers has its connector."""
 
 CONFIG = VllmConfig(
     model=DEMO,
@@ -93,26 +101,23 @@ CONFIG = VllmConfig(
 )
 SWITCHED = Connector("SwitchedConnector", "serving.switched")
 STEPS = "vllm:iteration_tokens_total_count"
-QUEUED = "vllm:request_queue_time_seconds_sum"
 ROLES = {"scheduler": "EngineCore", "worker": "Worker"}
 """Of the connector, and the titles of their processes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One batch. `tokens_s`: prompt and answer tokens by the wall clock. `cpu_s`: of its server, until it rested."""
+    """One batch. `tokens_s`: prompt and answer tokens by the time it ran. `cpu_s`: of its server, until it rested."""
 
     arm: str
     round: int
-    set: int
+    pair: str
+    server: int
     tokens_s: float
     seconds: float
     cpu_s: float
     steps: float
     """Of the engine, by its own count."""
-    queue_s: float
-    """From a request's arrival in the engine to its first step: the sum over the requests."""
-    idle_cpu_share: float
     cached_tokens: int
     saved_share: float | None
     known: int
@@ -121,14 +126,21 @@ class Block:
 
 
 class Side:
-    """A server, with the processes that serve it."""
+    """A server whose connector can be taken out, with its sidecar."""
 
-    def __init__(self, vllm: VllmServer, sidecar: Sidecar | None = None) -> None:
+    def __init__(self, vllm: VllmServer, sidecar: Sidecar, path: str) -> None:
         self.vllm = vllm
         self.sidecar = sidecar
+        self._files = {state_file(path, role): title for role, title in ROLES.items()}
+
+    def signal(self, number: int) -> None:
+        """To all of its processes."""
+        for process in (self.vllm.process, self.sidecar.process):
+            assert process is not None
+            process.signal_group(number)
 
     def _threads(self) -> Iterator[Path]:
-        for process in (self.vllm.process, self.sidecar.process if self.sidecar else None):
+        for process in (self.vllm.process, self.sidecar.process):
             for member in process.members() if process is not None else ():
                 yield from Path(f"/proc/{member.pid}/task").iterdir()
 
@@ -158,15 +170,6 @@ class Side:
 
         wait_until("a server at rest", rests, REST_WAIT_S, poll_s=0)
 
-
-class Switched(Side):
-    """The server whose connector can be taken out, and its sidecar."""
-
-    def __init__(self, vllm: VllmServer, sidecar: Sidecar, path: str) -> None:
-        super().__init__(vllm, sidecar)
-        self._sidecar = sidecar
-        self._files = {state_file(path, role): title for role, title in ROLES.items()}
-
     def switch(self, with_connector: bool) -> None:
         """At rest: see `switched`."""
         for file, title in self._files.items():
@@ -177,11 +180,13 @@ class Switched(Side):
 
     def known(self, asks: Sequence[Ask]) -> list[Any]:
         """What the sidecar says of the sessions of these turns that it has heard of."""
-        found = [self._sidecar.session(str(ask.session)) for ask in asks]
+        found = [self.sidecar.session(str(ask.session)) for ask in asks]
         return [one for one in found if one is not None]
 
     def saved(self, asks: Sequence[Ask]) -> float:
-        """Share of the full blocks of these turns that got into the arena. Waits for them, but not for ever."""
+        """Share of the full blocks of the last of these turns, which the arena still has, that got there. Waits for
+        them, but not for ever."""
+        asks = asks[-CONCURRENCY:]
         block = self.vllm.config.block_size
         # The last token is never computed.
         wanted = sum((len(ask.prompt) + ask.max_tokens - 1) // block for ask in asks)
@@ -197,55 +202,130 @@ class Switched(Side):
         return found / wanted
 
 
+class Batch:
+    """Requests on their way to one server, a few at once."""
+
+    def __init__(self, side: Side, asks: Sequence[Ask]) -> None:
+        self.side = side
+        self.asks = asks
+        self.answers: list[Completion] = []
+        self.ran_s = 0.0
+        self._ended_at = math.inf
+        self._over = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+
+    def _ask(self) -> None:
+        try:
+            with ThreadPoolExecutor(CONCURRENCY) as pool:
+                self.answers = list(pool.map(self.side.vllm.ask, self.asks))
+            self._ended_at = time.perf_counter()
+        except BaseException as failure:
+            self._failure = failure
+        finally:
+            self._over.set()
+
+    def start(self) -> None:
+        """Its server may be stopped: it answers when it goes on."""
+        self._thread.start()
+
+    def over(self) -> bool:
+        return self._over.is_set()
+
+    def slice(self) -> None:
+        """Its server runs for a while, or until the last answer."""
+        self.side.signal(signal.SIGCONT)
+        began = time.perf_counter()
+        self._over.wait(SLICE_S)
+        self.side.signal(signal.SIGSTOP)
+        self.ran_s += min(time.perf_counter(), self._ended_at) - began
+
+    def finish(self) -> None:
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+
+def alternate(batches: Sequence[Batch]) -> None:
+    """Runs them in turns, so that each meets the same machine."""
+    began = time.monotonic()
+    for batch in batches:
+        batch.side.signal(signal.SIGSTOP)
+    try:
+        for batch in batches:
+            batch.start()
+        while not all(batch.over() for batch in batches):
+            if time.monotonic() - began > BLOCK_WAIT_S:
+                raise TimeoutError(f"two blocks did not end within {BLOCK_WAIT_S} s")
+            for batch in batches:
+                if batch.over():
+                    # The other one runs on as it did.
+                    time.sleep(SLICE_S)
+                else:
+                    batch.slice()
+    finally:
+        for batch in batches:
+            batch.side.signal(signal.SIGCONT)
+    for batch in batches:
+        batch.finish()
+
+
 class Bench:
     """The blocks of a round."""
 
-    def __init__(self, switched: Switched, stock: Side, number: int, options: argparse.Namespace) -> None:
-        self._switched = switched
-        self._stock = stock
+    def __init__(self, sides: tuple[Side, Side], number: int, seed: int) -> None:
+        self._sides = sides
         self._number = number
-        self._requests = options.requests
-        self._seed = options.seed
-        self._rng = random.Random(f"{options.seed}/{number}")
+        self._seed = seed
+        self._rng = random.Random(f"{seed}/{number}")
 
     def blocks(self) -> list[Block]:
-        """What is only slow once is left out: kernels are chosen, the arena's pages appear."""
-        made = [self._block(arm, number) for number in range(SETS + 1) for arm in self._rng.sample(ARMS, len(ARMS))]
-        return made[len(ARMS) :]
+        """What is only slow once is left out: kernels are chosen, the arenas' pages appear."""
+        warm = [self._pair(f"warm {pair}", PAIRS[pair], WARM_REQUESTS) for pair in ("first", "second")]
+        slowest = max(block.seconds for block in warm[1])
+        requests = CONCURRENCY * max(1, round(BLOCK_S / slowest * WARM_REQUESTS / CONCURRENCY))
+        names = self._rng.sample(list(PAIRS), len(PAIRS))
+        return [block for name in names for block in self._pair(name, PAIRS[name], requests)]
 
-    def _block(self, arm: str, set_: int) -> Block:
-        side, other = (self._stock, self._switched) if arm == "stock" else (self._switched, self._stock)
-        if arm != "stock":
-            self._switched.switch(arm == "greenroom")
-        names = [f"{arm}-{self._number}-{set_}-{request}".replace(" ", "") for request in range(self._requests)]
-        asks = [Ask(prompt(name, PROMPT_TOKENS, self._seed), ANSWER_TOKENS, session=name) for name in names]
-        before = side.vllm.metrics()
+    def _pair(self, name: str, arms: tuple[str, str], requests: int) -> list[Block]:
+        batches = []
+        for server, (side, arm) in enumerate(zip(self._sides, arms, strict=True)):
+            side.switch(arm == GREENROOM)
+            names = [f"{name}-{self._number}-{server}-{request}".replace(" ", "") for request in range(requests)]
+            asks = [Ask(prompt(name, PROMPT_TOKENS, self._seed), ANSWER_TOKENS, session=name) for name in names]
+            batches.append(Batch(side, asks))
+        before = []
+        for side in self._sides:
+            metrics = side.vllm.metrics()
+            side.rest()
+            before.append((metrics.sum(STEPS), side.cpu_s()))
+        order = self._rng.sample(batches, len(batches))
+        alternate(order)
+        return [
+            self._block((name, server), arm, batch, *was)
+            for server, (arm, batch, was) in enumerate(zip(arms, batches, before, strict=True))
+        ]
+
+    def _block(self, at: tuple[str, int], arm: str, batch: Batch, steps: float, cpu_s: float) -> Block:
+        side = batch.side
+        saved = side.saved(batch.asks) if arm == GREENROOM else None
         side.rest()
-        cpu_s, idle_cpu_s = side.cpu_s(), other.cpu_s()
-        start = time.perf_counter()
-        with ThreadPoolExecutor(CONCURRENCY) as pool:
-            answers = list(pool.map(side.vllm.ask, asks))
-        seconds = time.perf_counter() - start
-        idle_share = (other.cpu_s() - idle_cpu_s) / seconds
-        saved = self._switched.saved(asks) if arm == "greenroom" else None
-        side.rest()
-        used_s, after = side.cpu_s() - cpu_s, side.vllm.metrics()
-        tokens = sum(answer.prompt_tokens + len(answer.tokens) for answer in answers)
+        used_s = side.cpu_s() - cpu_s
+        tokens = sum(answer.prompt_tokens + len(answer.tokens) for answer in batch.answers)
         made = Block(
             arm=arm,
             round=self._number,
-            set=set_,
-            tokens_s=tokens / seconds,
-            seconds=seconds,
+            pair=at[0],
+            server=at[1],
+            tokens_s=tokens / batch.ran_s,
+            seconds=batch.ran_s,
             cpu_s=used_s,
-            steps=after.sum(STEPS) - before.sum(STEPS),
-            queue_s=after.sum(QUEUED) - before.sum(QUEUED),
-            idle_cpu_share=idle_share,
-            cached_tokens=sum(answer.cached_tokens for answer in answers),
+            steps=side.vllm.metrics().sum(STEPS) - steps,
+            cached_tokens=sum(answer.cached_tokens for answer in batch.answers),
             saved_share=saved,
-            known=len(self._switched.known(asks)),
+            known=len(side.known(batch.asks)),
         )
-        whole = self._requests * (PROMPT_TOKENS + ANSWER_TOKENS)
+        whole = len(batch.asks) * (PROMPT_TOKENS + ANSWER_TOKENS)
         return dataclasses.replace(made, problem=problem(made, tokens, whole))
 
 
@@ -255,40 +335,34 @@ def problem(block: Block, tokens: int, whole: int) -> str | None:
         return f"{tokens} tokens instead of {whole}"
     if block.cached_tokens:
         return f"{block.cached_tokens} tokens were cached, not 0"
-    if block.idle_cpu_share > IDLE_SHARE_MAX:
-        return f"another server used {block.idle_cpu_share:.1%} of a core"
     if block.saved_share is not None and block.saved_share < SAVED_SHARE_MIN:
-        return f"{block.saved_share:.0%} of its blocks were saved"
+        return f"{block.saved_share:.0%} of its last blocks were saved"
     if block.saved_share is None and block.known:
         return f"without Greenroom, and it was told of {block.known} of the sessions"
     return None
 
 
-def rounds(blocks: Sequence[Block]) -> list[list[dict[str, float]]]:
-    """Tokens per second of each arm: the sets, whose blocks are all valid, of the rounds with enough of them."""
-    found: dict[int, dict[int, dict[str, float]]] = {}
+def rounds(blocks: Sequence[Block]) -> list[dict[str, float]]:
+    """Of each round whose blocks are all valid: the first server's speed over the second's, by pair."""
+    found: dict[int, dict[str, dict[int, float]]] = {}
     for block in blocks:
         if block.problem is None:
-            found.setdefault(block.round, {}).setdefault(block.set, {})[block.arm] = block.tokens_s
-    valid_sets = ([speeds for speeds in sets.values() if len(speeds) == len(ARMS)] for sets in found.values())
-    return [sets for sets in valid_sets if len(sets) >= SETS_MIN]
+            found.setdefault(block.round, {}).setdefault(block.pair, {})[block.server] = block.tokens_s
+    whole = [pairs for pairs in found.values() if all(len(pairs.get(name, {})) == 2 for name in PAIRS)]
+    return [{name: pairs[name][0] / pairs[name][1] for name in PAIRS} for pairs in whole]
 
 
 def comparisons(blocks: Sequence[Block], seed: int) -> list[Comparison]:
-    """With over without, without over without, without over stock."""
-
-    def without(speeds: dict[str, float]) -> float:
-        return statistics.fmean(speeds[arm] for arm in FLOOR)
-
-    kinds: dict[tuple[str, str], Callable[[dict[str, float]], float]] = {
-        RATIO: lambda speeds: speeds["greenroom"] / without(speeds),
-        FLOOR: lambda speeds: speeds[FLOOR[0]] / speeds[FLOOR[1]],
-        STARTS: lambda speeds: without(speeds) / speeds["stock"],
-    }
-    return [
-        compare_pairwise(names, [(statistics.median(map(ratio, sets)), 1.0) for sets in rounds(blocks)], seed)
-        for names, ratio in kinds.items()
-    ]
+    """With over without, and without over without in the same way."""
+    whole = rounds(blocks)
+    made = []
+    for names, above, below in (
+        ((GREENROOM, WITHOUT), "first", "second"),
+        ((WITHOUT, WITHOUT), "neither 1", "neither 2"),
+    ):
+        ratios = [math.sqrt(pairs[above] / pairs[below]) for pairs in whole]
+        made.append(compare_pairwise(names, [(ratio, 1.0) for ratio in ratios], seed))
+    return made
 
 
 def bars(made: Sequence[Comparison]) -> list[Bar]:
@@ -309,13 +383,16 @@ def valid(blocks: Sequence[Block], arm: str) -> list[Block]:
     return [block for block in blocks if block.arm == arm and block.problem is None]
 
 
-def mean(blocks: Sequence[Block], figure: str) -> float:
-    return statistics.fmean(getattr(block, figure) for block in blocks) if blocks else float("nan")
+def steps_per_request(blocks: Sequence[Block]) -> float:
+    """The engine's, on the average."""
+    whole = PROMPT_TOKENS + ANSWER_TOKENS
+    requests = [block.tokens_s * block.seconds / whole for block in blocks]
+    return sum(block.steps for block in blocks) / sum(requests) if requests else float("nan")
 
 
 def table(blocks: Sequence[Block], made: Sequence[Comparison]) -> str:
     """For people."""
-    heads = f"{'tokens/s P50':>14} {'block':>8} {'CPU':>8} {'steps':>8} {'queued':>9} {'blocks':>8} {'invalid':>8}"
+    heads = f"{'tokens/s P50':>14} {'block':>8} {'CPU':>8} {'steps/request':>14} {'blocks':>8} {'invalid':>8}"
     lines = [f"{'arm':<12} {heads}"]
     for arm in ARMS:
         found = valid(blocks, arm)
@@ -323,19 +400,16 @@ def table(blocks: Sequence[Block], made: Sequence[Comparison]) -> str:
         speed, seconds, cpu_s = (
             percentile([getattr(block, name) for block in found], 0.5) for name in ("tokens_s", "seconds", "cpu_s")
         )
-        steps, queue_s = mean(found, "steps"), mean(found, "queue_s")
-        counts = f"{steps:>8.2f} {queue_s * 1e3:>6.1f} ms {len(found):>8} {invalid:>8}"
+        counts = f"{steps_per_request(found):>14.3f} {len(found):>8} {invalid:>8}"
         lines.append(f"{arm:<12} {speed:>14.1f} {seconds:>6.2f} s {cpu_s:>6.2f} s {counts}")
     lines.append("")
-    for each, label in zip(made, ("", "  (noise floor)", "  (two starts)"), strict=True):
+    for each, label in zip(made, ("", "  (noise floor)"), strict=True):
         interval = f"{each.ci95[0]:.4f} to {each.ci95[1]:.4f}"
         name = f"{each.a} ÷ {each.b}"
         lines.append(f"{name:<22} P50 ratio {each.p50_ratio:.4f}   95 % {interval}, {each.pairs} rounds{label}")
-    idle = max((block.idle_cpu_share for block in blocks), default=float("nan"))
     saved = min((block.saved_share for block in blocks if block.saved_share is not None), default=float("nan"))
     cached = sum(block.cached_tokens for block in blocks)
-    lines.append(f"the server that was not asked used at most {idle:.2%} of a core during a block")
-    lines.append(f"Greenroom saved at least {saved:.1%} of a block's KV; tokens that came from any cache: {cached}")
+    lines.append(f"Greenroom saved at least {saved:.1%} of a block's last turns; tokens from any cache: {cached}")
     return "\n".join(lines)
 
 
@@ -348,14 +422,13 @@ def summary(blocks: Sequence[Block], made: Sequence[Comparison]) -> dict[str, An
             "tokens_s": report.spread([block.tokens_s for block in found]),
             "seconds": report.spread([block.seconds for block in found]),
             "cpu_s": report.spread([block.cpu_s for block in found]),
-            "steps_mean": report.rounded(mean(found, "steps")),
-            "queue_s_mean": report.rounded(mean(found, "queue_s")),
+            "steps_per_request": report.rounded(steps_per_request(found)),
             "invalid": [dataclasses.asdict(block) for block in blocks if block.arm == arm and block.problem],
         }
     return {
         "arms": arms,
+        "rounds": [{name: report.rounded(ratio) for name, ratio in pairs.items()} for pairs in rounds(blocks)],
         "comparisons": [report.comparison(each) for each in made],
-        "idle_cpu_share_max": report.rounded(max((block.idle_cpu_share for block in blocks), default=float("nan"))),
         "cached_tokens": sum(block.cached_tokens for block in blocks),
     }
 
@@ -369,45 +442,48 @@ def measure(options: argparse.Namespace) -> list[Block]:
     longest = 0.0
     while number < options.rounds and time.monotonic() - start + longest <= options.seconds:
         began = time.monotonic()
-        with sides(number) as (switched, stock):
-            blocks += Bench(switched, stock, number, options).blocks()
+        with servers(number) as sides:
+            last = Bench(sides, number, options.seed).blocks()
+        blocks += last
         longest = max(longest, time.monotonic() - began)
         number += 1
-        last = [block for block in blocks if block.round == number - 1]
-        means = {arm: [block.tokens_s for block in last if block.arm == arm] for arm in ARMS}
-        speeds = " · ".join(f"{arm} {statistics.harmonic_mean(found):.0f}" for arm, found in means.items())
-        speeds += "".join(f"; {one}" for one in sorted({block.problem for block in last if block.problem}))
-        say(f"  round {number:>2} of {options.rounds}, {time.monotonic() - start:>4.0f} s, tokens/s: {speeds}")
+        made = comparisons(last, options.seed)
+        text = " · ".join(f"{each.a} ÷ {each.b} {each.p50_ratio:.4f}" for each in made)
+        text += f", {statistics.fmean(block.seconds for block in last):.1f} s a block"
+        text += "".join(f"; {one}" for one in sorted({block.problem for block in last if block.problem}))
+        say(f"  round {number:>2} of {options.rounds}, {time.monotonic() - start:>4.0f} s: {text}")
     return blocks
 
 
 @contextlib.contextmanager
-def sides(number: int) -> Iterator[tuple[Switched, Side]]:
-    """The two servers of a round, started at once; who is first, and has the best of the free memory, changes."""
+def servers(number: int) -> Iterator[tuple[Side, Side]]:
+    """The two of a round, started at once; who is first, and has the best of the free memory, changes."""
     with contextlib.ExitStack() as stack:
-        sidecar = stack.enter_context(Sidecar(ARENA))
-        path = stack.enter_context(tempfile.TemporaryDirectory(prefix="greenroom-")) + "/connector"
-        own = (("PYTHONPATH", str(Path(__file__).parents[1])), ("GREENROOM_SWITCH", path))
-        config = dataclasses.replace(CONFIG, env=CONFIG.env + own)
-        transfer = greenroom_transfer_config(SWITCHED, socket=str(sidecar.socket))
-        switched = Switched(VllmServer(config, transfer, "vLLM with Greenroom"), sidecar, path)
-        stock = Side(VllmServer(CONFIG, None, "vLLM alone"))
-        for side in (switched, stock) if number % 2 == 0 else (stock, switched):
+        made = []
+        for name in ("first", "second"):
+            sidecar = stack.enter_context(Sidecar(ARENA, name=name))
+            path = stack.enter_context(tempfile.TemporaryDirectory(prefix="greenroom-")) + "/connector"
+            own = (("PYTHONPATH", str(Path(__file__).parents[1])), ("GREENROOM_SWITCH", path))
+            config = dataclasses.replace(CONFIG, env=CONFIG.env + own)
+            transfer = greenroom_transfer_config(SWITCHED, socket=str(sidecar.socket))
+            made.append(Side(VllmServer(config, transfer, f"vLLM, {name}"), sidecar, path))
+        first, second = made
+        for side in (first, second) if number % 2 == 0 else (second, first):
             stack.push(side.vllm.__exit__)
             side.vllm.launch()
-        for side in (switched, stock):
+        for side in made:
             side.vllm.wait_ready()
-        for side in (switched, stock):
+        for side in made:
             side.settle()
             side.rest()
-        yield switched, stock
+        yield first, second
 
 
 def main(options: argparse.Namespace) -> int:
     began = time.monotonic()
     facts = report.facts(options.seed, CONFIG.version)
-    say(f"A round, five minutes: two servers started anew, {SETS} sets of {len(ARMS)} blocks.")
-    say(f"A block: {options.requests} requests of {PROMPT_TOKENS} + {ANSWER_TOKENS} tokens, {CONCURRENCY} at once.")
+    say(f"A round, some four minutes: two servers started anew, {len(PAIRS)} pairs of blocks in slices of {SLICE_S} s.")
+    say(f"A block: requests of {PROMPT_TOKENS} + {ANSWER_TOKENS} tokens, {CONCURRENCY} at once, for {BLOCK_S:.0f} s.")
     blocks = measure(options)
     made = comparisons(blocks, options.seed)
     content = {
@@ -415,8 +491,8 @@ def main(options: argparse.Namespace) -> int:
         **facts,
         "workload": {
             "model": CONFIG.model,
-            "sets_in_a_round": SETS,
-            "requests": options.requests,
+            "block_s": BLOCK_S,
+            "slice_s": SLICE_S,
             "concurrency": CONCURRENCY,
             "prompt_tokens": PROMPT_TOKENS,
             "answer_tokens": ANSWER_TOKENS,
