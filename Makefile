@@ -203,7 +203,7 @@ bench: ## the benchmarks in benches/; figures as JSON in target/bench-*.json
 	$(BUILT)/release/greenroom bench copy --engine host --json target/bench-copy.json
 
 .PHONY: bench-serving
-bench-serving: install ## hint → copy, and throughput with nothing to reuse, on real vLLM (≤ 45 minutes); JSON as of `bench`
+bench-serving: install ## hint → copy, and throughput with nothing to reuse, on real vLLM (≤ 60 minutes); JSON as of `bench`
 	status=0; \
 	for name in hint-latency throughput; do \
 	  PYTHONPATH=tests/python:benches .venv/bin/python -m serving $$name --json target/bench-$$name.json || status=1; \
