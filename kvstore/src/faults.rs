@@ -19,174 +19,199 @@ pub struct Point {
     pub does: &'static str,
     /// What holds all the same.
     pub then: &'static str,
+    /// Who passes it.
+    pub place: Place,
+}
+
+/// A process that passes fault points.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// `greenroom serve`.
+    Sidecar,
+    /// vLLM's scheduler or worker.
+    Engine,
 }
 
 /// Every point, along the way of a block.
 pub const POINTS: &[Point] = &[
-    point(
+    in_sidecar(
         "store::reserve::full",
         "no slot can be given to a block that is to be saved",
         "the block is not stored; its next turn saves it",
     ),
-    point(
+    in_sidecar(
         "store::commit::refused",
         "a reservation counts as expired when it is committed",
         "nothing is published, its slots are free",
     ),
-    point(
+    in_sidecar(
         "actor::settle::lost",
         "a commit or an abort never reaches the store",
         "nothing is published; its slots come back with the connection's end",
     ),
-    point(
+    in_sidecar(
         "server::welcome::kill",
         "the connection ends in place of a welcome",
         "the engine asks again",
     ),
-    point(
+    in_sidecar(
         "server::write::delay",
         "a frame to an engine is late, or held",
         "its request misses in time; other engines are answered",
     ),
-    point(
+    in_sidecar(
         "server::write::reorder",
         "a frame to an engine goes after the next",
         "no lease is believed that was given back",
     ),
-    point(
+    in_sidecar(
         "server::write::duplicate",
         "a frame to an engine goes twice",
         "no lease is given back that is in use",
     ),
-    point(
+    in_sidecar(
         "server::write::truncate",
         "half a frame to an engine, then the end",
         "the engine connects anew",
     ),
-    point(
+    in_sidecar(
         "server::write::flip",
         "a bit of a header to an engine is flipped (`return(BIT)`, 0 to 191)",
         "the engine connects anew",
     ),
-    point(
+    in_sidecar(
         "server::write::kill",
         "the connection ends in place of a frame",
         "the engine connects anew",
     ),
-    point(
+    in_sidecar(
         "server::write::abort",
         "the sidecar dies in place of a frame",
         "a miss for its engines, until it is started again",
     ),
-    point(
+    in_engine(
         "client::hello::kill",
         "the connection ends in place of a hello",
         "the engine tries again",
     ),
-    point(
+    in_engine(
         "client::write::delay",
         "a frame to the sidecar is late, or held",
         "its request misses in time; other engines are answered",
     ),
-    point(
+    in_engine(
         "client::write::reorder",
         "a frame to the sidecar goes after the next",
         "the sidecar ends the connection, the engine connects anew",
     ),
-    point(
+    in_engine(
         "client::write::duplicate",
         "a frame to the sidecar goes twice",
         "the sidecar ends the connection, the engine connects anew",
     ),
-    point(
+    in_engine(
         "client::write::truncate",
         "half a frame to the sidecar, then the end",
         "the engine connects anew",
     ),
-    point(
+    in_engine(
         "client::write::flip",
         "a bit of a header to the sidecar is flipped (`return(BIT)`, 0 to 191)",
         "the sidecar ends the connection, the engine connects anew",
     ),
-    point(
+    in_engine(
         "client::write::kill",
         "the connection ends in place of a frame",
         "the engine connects anew",
     ),
-    point(
+    in_engine(
         "client::write::abort",
         "the engine's process dies in place of a frame",
         "its slots drain until the process is gone, then they are free",
     ),
-    point(
+    in_engine(
         "hooks::recheck_saves::skip",
         "saves are not checked before a step computes",
         "a defect made on purpose: the scheduler harness sees wrong bytes",
     ),
-    point(
+    in_engine(
         "hooks::reset::skip",
         "the engine's reset is not heard",
         "a defect made on purpose: the scheduler harness sees wrong bytes",
     ),
-    point(
+    in_engine(
         "budget::admit::one_less",
         "a block of the reserve is given away",
         "a defect made on purpose: the scheduler harness sees the reserve taken",
     ),
-    point(
+    in_engine(
         "mover::submit::report_early",
         "a prefetch is said to be done before it is",
         "a defect made on purpose: the scheduler harness sees wrong bytes",
     ),
-    point(
+    in_engine(
         "host::copy::delay",
         "a copy is late, or held, before its last range",
         "what waits for it waits; nothing else does",
     ),
-    point(
+    in_engine(
         "host::copy::fail",
         "a copy fails before its first byte",
         "a load is computed in its place, a save is not published",
     ),
-    point(
+    in_engine(
         "thread::submit::skip_wake",
         "the copy thread is not woken for a job",
         "a defect made on purpose: the models see a wait that nothing ends",
     ),
-    point(
+    in_engine(
         "thread::fence::skip_wait",
         "a fence does not wait for copies that run",
         "a defect made on purpose: the models see a copy after it",
     ),
-    point(
+    in_engine(
         "owner::settle::skip_wake",
         "who waits for a job's end is not woken by it",
         "a defect made on purpose: the models see a wait that nothing ends",
     ),
-    point(
+    in_engine(
         "thread::take_finished::late",
         "ended copies are not told yet",
         "they are told later, each once",
     ),
-    point(
+    in_sidecar(
         "gate::handler::delay",
         "a call of the API is late, or held",
         "other calls are answered",
     ),
-    point(
+    in_sidecar(
         "handle::ask::busy",
         "the actor's queue counts as full",
         "429 with `Retry-After`; the next call is answered",
     ),
-    point(
+    in_sidecar(
         "gate::answer::cut",
         "the connection ends in the middle of an answer",
         "the next call is answered",
     ),
 ];
 
-const fn point(name: &'static str, does: &'static str, then: &'static str) -> Point {
-    Point { name, does, then }
+const fn in_sidecar(name: &'static str, does: &'static str, then: &'static str) -> Point {
+    Point {
+        name,
+        does,
+        then,
+        place: Place::Sidecar,
+    }
+}
+
+const fn in_engine(name: &'static str, does: &'static str, then: &'static str) -> Point {
+    Point {
+        name,
+        does,
+        then,
+        place: Place::Engine,
+    }
 }
 
 /// What is known of a point, at its place in [`POINTS`].

@@ -305,6 +305,7 @@ fn faults_are_armed_from_the_command_line_or_refused_in_words() {
         ("store::reserve::full", "NAME=ACTIONS"),
         ("store::reserve::ful=return", "store::reserve::full"),
         ("store::reserve::full=retrun", "examples"),
+        ("host::copy::fail=return", "never by the sidecar"),
     ] {
         let refused = greenroom(&["serve", "--fault", fault]);
         assert_eq!(code(&refused), Some(2), "{refused:?}");

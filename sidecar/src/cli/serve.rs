@@ -58,6 +58,15 @@ fn arm(faults: &[String]) -> Result<(), CliError> {
             return Err(CliError::Fault(format!("`{fault}` is not NAME=ACTIONS")));
         };
         kvstore::faults::arm(name, actions).map_err(|error| CliError::Fault(error.to_string()))?;
+        let known = kvstore::faults::POINTS
+            .iter()
+            .find(|point| point.name == name);
+        if known.is_some_and(|point| point.place == kvstore::faults::Place::Engine) {
+            return Err(CliError::Fault(format!(
+                "`{name}` is passed by vLLM's processes and never by the sidecar: arm it there, with \
+                 greenroom._native.fault(NAME, ACTIONS)"
+            )));
+        }
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from campaign.hook_times import HookTimes
+from campaign.hook_times import Calls, HookTimes
 from demo.stats import percentile
 from real_vllm.harness import Difference
 
@@ -76,6 +76,8 @@ class Tally:
     """Sidecars that could not have what they needed; the others went on."""
     lingered: int = 0
     """Deaths of a process after which vLLM did not end by itself."""
+    sidecars_fell: list[float] = dataclasses.field(default_factory=list)
+    """Moments before and after what ended a sidecar that vLLM outlived."""
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def unexplained(self, boot: int, stored: int, used: int) -> int:
@@ -113,7 +115,6 @@ def rows(tally: Tally, hooks: HookTimes) -> list[Row]:
     five_hundreds = sum(count for status, count in tally.told.items() if status >= 500 and status != 503)
     found = [one for each in tally.found_s.values() for one in each]
     wrong, hung, failed = len(tally.difference.wrong), len(tally.hung), len(tally.failed)
-    own_us, all_us = hooks.own_us(0.001), hooks.all_us(0.001)
     ties = len(tally.difference.near_ties)
     beside = tally.acts["stop_worker_kill_scheduler"]
     made = [
@@ -139,13 +140,10 @@ def rows(tally: Tally, hooks: HookTimes) -> list[Row]:
         Row("blocks saved and not kept (too late, reset or retired meanwhile)", str(tally.not_kept.total())),
         Row("found again after, s (P50, longest)", f"{percentile(found, 0.5):.2f}, {max(found, default=0):.2f}"),
         Row("tool events and hints, by status", str(dict(sorted(tally.told.items()))), five_hundreds == 0),
-        Row(
-            f"hook calls, P99.9 in ms (with what other processes took), limit {(HOOK_LIMIT_US + HOOK_OVER_US) / 1e3:g}",
-            f"{hooks.calls}, {own_us / 1e3:.3f} ({all_us / 1e3:.3f})",
-            hooks.calls > 0 and own_us <= HOOK_LIMIT_US + HOOK_OVER_US,
-            timed=True,
-        ),
+        _hook_times("hook calls", hooks.all()),
     ]
+    if tally.sidecars_fell:
+        made.append(_hook_times("  of the seconds after a sidecar's death or start", hooks.near(tally.sidecars_fell)))
     if tally.stopped_ms:
         (cost, low, high), waits = tally.cost_ms(), tally.stopped_waits_ms
         longest = max(waits, default=float("nan"))
@@ -168,6 +166,16 @@ def rows(tally: Tally, hooks: HookTimes) -> list[Row]:
         text = ", ".join(map(str, cached))
         made.append(Row("cached tokens with other files under the path, after an update", text, not any(cached)))
     return [*made, Row("other problems", str(len(tally.problems)), not tally.problems)]
+
+
+def _hook_times(name: str, calls: Calls) -> Row:
+    own_us, all_us = calls.own_us(0.001), calls.all_us(0.001)
+    return Row(
+        f"{name}, P99.9 in ms (with what other processes took), limit {(HOOK_LIMIT_US + HOOK_OVER_US) / 1e3:g}",
+        f"{calls.count}, {own_us / 1e3:.3f} ({all_us / 1e3:.3f})",
+        calls.count > 0 and own_us <= HOOK_LIMIT_US + HOOK_OVER_US,
+        timed=True,
+    )
 
 
 def leaks(tally: Tally) -> bool:

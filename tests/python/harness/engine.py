@@ -478,7 +478,7 @@ class Engine:
     def check_pool(self) -> None:
         """Every block that vLLM's prefix cache knows holds the first bytes of its hash, and each is free or referenced.
 
-        Not while a batch is out: it may hold hashes of blocks that are yet to be computed.
+        Also while a batch is out: what it computes is there when it is begun, only its output comes later.
         """
         blocks = self.scheduler.kv_cache_manager.block_pool.blocks
         idle = sum(block.ref_cnt == 0 and not block.is_null for block in blocks)

@@ -225,14 +225,13 @@ class World:
         self._take_answers()
 
     def run(self, turns: int, drain_every: int = 16) -> Tally:
-        """Rounds until so many turns have ended, with a look at the pool after each that leaves no batch out."""
+        """Rounds until so many turns have ended, with a look at the pool after each."""
         while self.tally.turns < turns:
             self.round()
             if self._rounds % drain_every == 0:
                 self.engine.drain()
                 self._take_answers()
-            if not self.engine.batches_out():
-                self.engine.check_pool()
+            self.engine.check_pool()
         return self.tally
 
     def end(self) -> None:
