@@ -1,4 +1,4 @@
-"""vLLM's throughput with Greenroom against that without it, where no prompt is ever seen again: Greenroom's whole cost.
+"""vLLM's throughput with Greenroom against that without it, where no prompt is seen twice: what its connector costs.
 
 A *block* is a fixed batch of requests, a few at once; every block has prompts of its own, so that neither vLLM's prefix
 cache nor Greenroom's arena can help (`cached_tokens` must be 0). Three things differ by more than Greenroom costs, and
@@ -6,8 +6,7 @@ each is taken out:
 
 - A machine's speed changes from second to second, by its neighbours. So two servers run their blocks in *slices*: one
   is stopped (SIGSTOP, its sidecar too) while the other runs, in turns of a quarter of a second, and a block's time is
-  that in which its server ran. (On the machine that this was written on, a minute of 8 s each compared two arms to
-  2.5 %, a minute of such slices to 0.8 %.)
+  that in which its server ran. What is left differs by 1 to 2 % from round to round.
 - Two starts of one server differ by several per cent, by the pages that the kernel happens to give. So both servers
   have Greenroom, and its connector can be taken out of them between two blocks (`switched`). In one *pair* of blocks
   the first has it and the second has not, in another one it is the other way round: the geometric mean of the two
@@ -434,7 +433,7 @@ def summary(blocks: Sequence[Block], made: Sequence[Comparison]) -> dict[str, An
 
 
 def measure(options: argparse.Namespace) -> list[Block]:
-    """Rounds until there are enough, or time is up."""
+    """As many rounds as are asked for, or fewer if time is up."""
     blocks: list[Block] = []
     start = time.monotonic()
     number = 0

@@ -1,6 +1,6 @@
 //! One step's work on the engine's pool: saves and fetches shipped as jobs, ended jobs committed, published or dropped.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvstore::{BlockHash, GpuBlock, SlotId};
 
@@ -14,6 +14,9 @@ use super::{
 };
 use crate::engine::frames::{CopyClass, CopySample, Hashes, PAIRS_MAX, ToSidecar};
 use crate::engine::plan::PlannedJob;
+
+/// For the way of a message to the sidecar, which also began to count that much earlier.
+const SETTLE_MARGIN: Duration = Duration::from_millis(100);
 
 impl SchedulerHooks {
     /// Looks after the blocks of running saves before anything computes.
@@ -251,7 +254,7 @@ impl SchedulerHooks {
                     return None;
                 }
                 // A save is copied after the step that it was shipped with, and that may take longer than a lease lasts.
-                let late = good && now + LEASE_MARGIN >= expires;
+                let late = good && now + SETTLE_MARGIN >= expires;
                 let commit = good && !late;
                 let sent = self.send(&ToSidecar::Settle { lease, commit });
                 let hashes: Vec<BlockHash> = blocks.iter().map(|block| block.hash).collect();

@@ -14,8 +14,8 @@ HOOK_TIMES = LOGS / f"hook-times-{os.getpid()}.jsonl"
 """All engines of this run write here."""
 
 
-NEAR_S = 3.0
-"""After a moment: what is written until then counts as near it."""
+AFTER_S = 3.0
+"""What is written so long after a span still counts to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +57,9 @@ class HookTimes:
     def all(self) -> Calls:
         return _sum(calls for _, calls in self._lines)
 
-    def near(self, moments: Sequence[float]) -> Calls:
-        """Those of the seconds after any of these moments."""
-        return _sum(calls for at, calls in self._lines if any(one < at <= one + NEAR_S for one in moments))
+    def during(self, spans: Sequence[tuple[float, float]]) -> Calls:
+        """Those of any of these spans of time, and of the seconds after it."""
+        return _sum(calls for at, calls in self._lines if any(begin < at <= end + AFTER_S for begin, end in spans))
 
 
 def _sum(some: Iterable[Calls]) -> Calls:

@@ -111,10 +111,10 @@ class Campaign:
             under_way = self._meet_copies(act, begun, playing)
             if act.ends_vllm:
                 self.load.vllm_killed.set()
-            fell = time.monotonic()
+            fell_at = time.monotonic()
             self.acts.do(act)
             if act.name in NEW_ARENA and not act.ends_vllm:
-                self.tally.sidecars_fell += [fell, time.monotonic()]
+                self.tally.without_sidecar.append((fell_at, time.monotonic()))
             if act.ends_vllm:
                 self._bury(act)
             else:

@@ -76,8 +76,8 @@ class Tally:
     """Sidecars that could not have what they needed; the others went on."""
     lingered: int = 0
     """Deaths of a process after which vLLM did not end by itself."""
-    sidecars_fell: list[float] = dataclasses.field(default_factory=list)
-    """Moments before and after what ended a sidecar that vLLM outlived."""
+    without_sidecar: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    """From before the death of a sidecar that vLLM outlived until another one had been started."""
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def unexplained(self, boot: int, stored: int, used: int) -> int:
@@ -142,8 +142,12 @@ def rows(tally: Tally, hooks: HookTimes) -> list[Row]:
         Row("tool events and hints, by status", str(dict(sorted(tally.told.items()))), five_hundreds == 0),
         _hook_times("hook calls", hooks.all()),
     ]
-    if tally.sidecars_fell:
-        made.append(_hook_times("  of the seconds after a sidecar's death or start", hooks.near(tally.sidecars_fell)))
+    if tally.without_sidecar:
+        made.append(
+            _hook_times(
+                "  from a sidecar's death until after the next one's start", hooks.during(tally.without_sidecar)
+            )
+        )
     if tally.stopped_ms:
         (cost, low, high), waits = tally.cost_ms(), tally.stopped_waits_ms
         longest = max(waits, default=float("nan"))

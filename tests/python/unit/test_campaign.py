@@ -179,9 +179,9 @@ def test_hooks_that_are_slow_after_a_kill_are_noticed_among_many_calls(tmp_path:
     hooks.read()
     tally = fine()
     assert wrong(tally, hooks) == []
-    tally.sidecars_fell = [6.5]
+    tally.without_sidecar = [(2.0, 5.0)]
     assert len(wrong(tally, hooks)) == 1
-    tally.sidecars_fell = [0.5]
+    tally.without_sidecar = [(0.5, 3.0)]
     assert wrong(tally, hooks) == []
 
 
