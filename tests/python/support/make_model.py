@@ -60,12 +60,11 @@ class Shape:
         return self.hidden // self.heads
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether vLLM's CPU build is quick with bfloat16 here: oneDNN does it with AVX-512, and without it what
-    remains is ten times slower than float32."""
+def processor_has(*flags: str) -> bool:
+    """Whether the kernel names any of these abilities of the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
-    return any(flag in flags for flag in ("avx512bw", "bf16"))
+    found = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return any(flag in found for flag in flags)
 
 
 PRESETS = {
@@ -76,8 +75,9 @@ PRESETS = {
     "gpu": Shape(layers=16, hidden=2048, heads=16, kv_heads=8, intermediate=4096, dtype="bfloat16"),
 }
 
-DEMO = "demo" if multiplies_bfloat16() else "demo-float32"
-"""The larger preset for CPU builds, as this processor computes it best."""
+DEMO = "demo" if processor_has("avx512bw", "bf16") else "demo-float32"
+"""The larger preset for CPU builds, as this processor computes it best: oneDNN multiplies bfloat16 with AVX-512 (on Arm
+with BF16), and what remains without is ten times slower than float32."""
 
 SKELETONS = {
     # Llama 3.1's of 8 billion but for its vocabulary.
