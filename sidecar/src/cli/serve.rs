@@ -57,7 +57,6 @@ fn arm(faults: &[String]) -> Result<(), CliError> {
         let Some((name, actions)) = fault.split_once('=') else {
             return Err(CliError::Fault(format!("`{fault}` is not NAME=ACTIONS")));
         };
-        kvstore::faults::arm(name, actions).map_err(|error| CliError::Fault(error.to_string()))?;
         let known = kvstore::faults::POINTS
             .iter()
             .find(|point| point.name == name);
@@ -67,6 +66,7 @@ fn arm(faults: &[String]) -> Result<(), CliError> {
                  greenroom._native.fault(NAME, ACTIONS)"
             )));
         }
+        kvstore::faults::arm(name, actions).map_err(|error| CliError::Fault(error.to_string()))?;
     }
     Ok(())
 }

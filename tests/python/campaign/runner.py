@@ -113,11 +113,11 @@ class Campaign:
                 self.load.vllm_killed.set()
             fell_at = time.monotonic()
             self.acts.do(act)
-            if act.name in NEW_ARENA and not act.ends_vllm:
-                self.tally.without_sidecar.append((fell_at, time.monotonic()))
             if act.ends_vllm:
                 self._bury(act)
             else:
+                if act.name in NEW_ARENA:
+                    self.tally.without_sidecar.append((fell_at, time.monotonic()))
                 self._find_again(act)
             acted.set()
             playing.join(JOINED_S)

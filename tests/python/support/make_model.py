@@ -67,10 +67,12 @@ def processor_has(*flags: str) -> bool:
     return any(flag in found for flag in flags)
 
 
+_DEMO = Shape(layers=8, hidden=512, heads=8, kv_heads=4, intermediate=1536, dtype="bfloat16")
+
 PRESETS = {
     "tiny": Shape(layers=2, hidden=128, heads=4, kv_heads=2, intermediate=256, dtype="float32"),
-    "demo": Shape(layers=8, hidden=512, heads=8, kv_heads=4, intermediate=1536, dtype="bfloat16"),
-    "demo-float32": Shape(layers=8, hidden=512, heads=8, kv_heads=4, intermediate=1536, dtype="float32"),
+    "demo": _DEMO,
+    "demo-float32": dataclasses.replace(_DEMO, dtype="float32"),
     # 64 KiB of KV per token, half of what models with 8 billion weights have; its weights are made in some ten seconds.
     "gpu": Shape(layers=16, hidden=2048, heads=16, kv_heads=8, intermediate=4096, dtype="bfloat16"),
 }
