@@ -334,7 +334,7 @@ impl Actor {
                     self.sessions.engine_left(key);
                     let gone: Vec<SessionKey> = self.sessions.of_engine(key).collect();
                     for session in gone {
-                        self.wants.remove(&session);
+                        self.forget_want(session);
                     }
                 }
             }

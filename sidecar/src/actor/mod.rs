@@ -7,6 +7,8 @@
 mod engines;
 mod handle;
 mod hints;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -131,6 +133,8 @@ struct ActorConfig {
 struct Told {
     number: u64,
     wish: Wish,
+    /// When the want changes by itself: its entry in [`Actor::changes`].
+    change: Option<Instant>,
 }
 
 /// Starts the actor; it ends when every handle is gone.
@@ -143,24 +147,7 @@ pub fn start(config: &Config, boot: u64, metrics: Arc<Metrics>) -> Handle {
         draining: AtomicBool::new(false),
         metrics,
     });
-    let actor = Actor {
-        config: ActorConfig {
-            boot,
-            arena_bytes: config.memory,
-            pin_budget: config.pin_budget,
-            lease_ttl: config.lease_ttl,
-        },
-        shared: shared.clone(),
-        cut: None,
-        sessions: Sessions::new(config.sessions_max),
-        engines: Engines::default(),
-        hints: Hints::default(),
-        wants: HashMap::new(),
-        next_want: 0,
-        changes: BTreeSet::new(),
-        drain: None,
-    };
-    tokio::spawn(actor.run(queue));
+    tokio::spawn(Actor::new(config, boot, shared.clone()).run(queue));
     Handle { events, shared }
 }
 
@@ -190,6 +177,26 @@ impl Handle {
 }
 
 impl Actor {
+    fn new(config: &Config, boot: u64, shared: Arc<Shared>) -> Self {
+        Self {
+            config: ActorConfig {
+                boot,
+                arena_bytes: config.memory,
+                pin_budget: config.pin_budget,
+                lease_ttl: config.lease_ttl,
+            },
+            shared,
+            cut: None,
+            sessions: Sessions::new(config.sessions_max),
+            engines: Engines::default(),
+            hints: Hints::default(),
+            wants: HashMap::new(),
+            next_want: 0,
+            changes: BTreeSet::new(),
+            drain: None,
+        }
+    }
+
     async fn run(mut self, mut queue: mpsc::Receiver<Event>) {
         let mut audited = Instant::now();
         loop {
@@ -349,7 +356,7 @@ impl Actor {
 
     /// The session is gone: whatever an engine was told of it no longer holds, and `useless` blocks may go.
     pub(in crate::actor) fn tell_nothing(&mut self, session: &Session, useless: &[BlockHash]) {
-        let told = self.wants.remove(&session.key);
+        let told = self.forget_want(session.key);
         if let Some((engine, _)) = session.home
             && (told.is_some_and(|told| told.wish != Wish::Nothing) || !useless.is_empty())
         {
@@ -366,7 +373,7 @@ impl Actor {
 
     fn push_want_numbered(&mut self, key: SessionKey, now: Instant) -> Option<u64> {
         let want = self.sessions.want(key, now);
-        let told = self.wants.get(&key).copied();
+        let told = self.forget_want(key);
         if want.wish == Wish::Nothing && told.is_none_or(|told| told.wish == Wish::Nothing) {
             return None;
         }
@@ -407,18 +414,25 @@ impl Actor {
             hashes.0 = chain;
         }
         self.engines.send(engine, 0, &message);
-        self.wants.insert(
-            key,
-            Told {
-                number,
-                wish: want.wish,
-            },
-        );
-        if let Some(at) = self.sessions.next_change(key).filter(|at| *at > now) {
-            self.changes.retain(|(_, other)| *other != key);
-            self.changes.insert((at, key));
-        }
+        let change = self.sessions.next_change(key).filter(|at| *at > now);
+        self.changes.extend(change.map(|at| (at, key)));
+        let told = Told {
+            number,
+            wish: want.wish,
+            change,
+        };
+        self.wants.insert(key, told);
         Some(number)
+    }
+
+    /// What an engine was told of a session no longer counts; nor does the moment at which that would have changed, or
+    /// an idle engine would be woken for nothing.
+    fn forget_want(&mut self, key: SessionKey) -> Option<Told> {
+        let told = self.wants.remove(&key)?;
+        if let Some(at) = told.change {
+            self.changes.remove(&(at, key));
+        }
+        Some(told)
     }
 
     /// Leases the longest committed prefix; nothing while draining, or when the store has no room for leases.

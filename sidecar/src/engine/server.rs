@@ -413,6 +413,13 @@ fn outbox() -> (Outbox, Inlet, Arc<Notify>) {
     (outbox, Inlet { frames, queued }, cut)
 }
 
+/// An outbox without a connection.
+#[cfg(test)]
+pub(crate) fn outbox_and_frames() -> (Outbox, mpsc::Receiver<Vec<u8>>) {
+    let (outbox, inlet, _) = outbox();
+    (outbox, inlet.frames)
+}
+
 impl Outbox {
     /// Queues a frame. A peer that lets the queue fill up is cut off: its engine connects anew and starts clean.
     pub fn send(&self, frame: Vec<u8>) {

@@ -313,7 +313,7 @@ impl Actor {
         same.filter(|scheduler| scheduler.id == Some(id))
             .for_each(|scheduler| scheduler.namespace = Some(fresh));
         for session in self.sessions.forget_chains(id) {
-            self.wants.remove(&session);
+            self.forget_want(session);
         }
     }
 
