@@ -78,7 +78,7 @@ def run_soak(
     seen = machine()
     caption = (
         f"vLLM {vllm_version('0.32')} CPU build with Greenroom, {seen['cores']} cores of {seen['cpu']}, arena of"
-        f" {SOAK_MEMORY}; green: the second half, in which no process is ended and growth is judged"
+        f" {SOAK_MEMORY}; green: the second half, in which growth is judged; processes are ended in the first third"
     )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "soak.svg").write_text(chart.draw(samples, acts, half_s, caption))

@@ -1,7 +1,7 @@
 """A long run: memory, descriptors, threads, slots and latency over time, and what is to be said of them.
 
-Processes are killed in the first half only. In the second one they are stopped and starved, and none ends: who grows
-there, grows without end.
+Processes are killed in the first third only. After it they are stopped and starved, and none ends: what they may grow
+to, their tables and Python's heap, they have reached by the second half, and who grows there, grows without end.
 """
 
 from __future__ import annotations
@@ -119,12 +119,12 @@ def measure(pid: int) -> dict[str, float]:
     }
 
 
-def acts(seed: int, half_over: threading.Event) -> Iterator[Act]:
+def acts(seed: int, deaths_over: threading.Event) -> Iterator[Act]:
     """One death of vLLM at the beginning, then what it survives, then what everybody survives."""
     dying = next(draw(seed, death_every=1))
     surviving, gentle = draw(seed, SIDECAR_ACTS + ENGINE_STOPS, 0), draw(seed, GENTLE, 0)
     for number in itertools.count(1):
-        act = dying if number == 2 else next(gentle if half_over.is_set() else surviving)
+        act = dying if number == 2 else next(gentle if deaths_over.is_set() else surviving)
         yield dataclasses.replace(act, number=number)
 
 
@@ -154,7 +154,7 @@ def series(samples: Sequence[Sample], role: str, what: str) -> list[tuple[float,
 
 
 def warm(samples: Sequence[Sample], half_s: float) -> list[Sample]:
-    """The second half, from when the arena of the sidecar that lives through it is full."""
+    """The second half, from when the arena of the sidecar that lives through it is full, if it was not before."""
     late = [one for one in samples if one.at >= half_s]
     most = max((one.slots.get("used", 0) for one in late), default=0)
     return list(itertools.dropwhile(lambda one: one.slots.get("used", 0) < FULL_SHARE * most, late))
@@ -194,24 +194,22 @@ def run(campaign: Campaign, seed: int, minutes: float) -> tuple[list[Sample], li
 
     Raises `Failed`.
     """
-    sampler, half_over, done = Sampler(campaign), threading.Event(), []
+    sampler, deaths_over, done = Sampler(campaign), threading.Event(), []
     sampler.start()
-    half_s = minutes * 30
     try:
-        for act in acts(seed, half_over):
+        for act in acts(seed, deaths_over):
             elapsed = time.monotonic() - sampler.began
             if elapsed > minutes * 60:
                 break
-            if elapsed > half_s and not half_over.is_set():
-                half_over.set()
-                half_s = elapsed
+            if elapsed > minutes * 20 and not deaths_over.is_set():
+                deaths_over.set()
                 fill(campaign.sidecar.url)
                 continue
             done.append({"at": round(elapsed, 1), "act": str(act)})
             campaign.round(act)
     finally:
         sampler.end()
-    return sampler.samples, done, half_s
+    return sampler.samples, done, minutes * 30
 
 
 def latency(tally: Tally) -> Row:

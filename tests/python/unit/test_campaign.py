@@ -281,11 +281,11 @@ def test_a_trend_is_told_from_noise() -> None:
     assert (round(line.growth, 6), round(line.noise, 6)) == (9.9, 0)
 
 
-def test_processes_are_killed_in_the_first_half_only() -> None:
-    half_over = threading.Event()
-    acts = soak.acts(5, half_over)
+def test_no_process_is_killed_once_deaths_are_over() -> None:
+    deaths_over = threading.Event()
+    acts = soak.acts(5, deaths_over)
     before = [next(acts) for _ in range(20)]
-    half_over.set()
+    deaths_over.set()
     after = [next(acts) for _ in range(20)]
     assert [act.number for act in before if act.ends_vllm] == [2]
     assert {act.name for act in after} == set(soak.GENTLE)
