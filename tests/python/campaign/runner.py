@@ -262,6 +262,7 @@ class Campaign:
             self._reset()
         if kept and not (act.ends_vllm and act.reset):
             hit = self._hits(act)
+            self.tally.inherited += hit and act.ends_vllm
         else:
             self._evict()
             cached = self._ask_probe(f"after {act}").cached_tokens

@@ -54,6 +54,8 @@ class Tally:
     """Seconds from a sidecar's or an engine's start to the two knowing each other, by act."""
     hits: Counter[str] = dataclasses.field(default_factory=Counter)
     """Probes that came back from the arena, by act; the others are problems."""
+    inherited: int = 0
+    """Deaths of vLLM after which the next one hit what the dead one had saved, without saving it anew."""
     outlived: int = 0
     """Schedulers killed while a stopped worker had copies under way, whose slots were watched until it was gone."""
     vllm_starts: int = 0
@@ -125,6 +127,11 @@ def rows(tally: Tally, hooks: HookTimes) -> list[Row]:
             "schedulers killed beside a stopped worker, mid-copy: its slots were watched",
             f"{beside}, {tally.outlived}",
             tally.outlived > 0 if beside >= OUTLIVED_AFTER else None,
+        ),
+        Row(
+            "deaths of vLLM after which the next one hit what was saved before",
+            str(tally.inherited),
+            tally.inherited > 0 if tally.vllm_starts else None,
         ),
         Row("starts of a sidecar, of vLLM", f"{tally.sidecar_starts}, {tally.vllm_starts}"),
         Row("sidecars that died for want of memory", str(tally.died_of_memory)),

@@ -21,7 +21,7 @@ from campaign import chart, soak
 from campaign.acts import Acts
 from campaign.hook_times import HookTimes, tail
 from campaign.load import HINTS, calls
-from campaign.plan import DEATH_EVERY, DEATHS, ENGINE_STOPS, SIDECAR_ACTS, draw
+from campaign.plan import DEATH_EVERY, DEATHS, ENGINE_STOPS, NEW_ARENA, SIDECAR_ACTS, draw
 from campaign.servers import Clock
 from campaign.soak import Sample, judge, rise, trend, warm
 from campaign.tally import OUTLIVED_AFTER, Tally, Turn, rows
@@ -47,6 +47,13 @@ def test_every_act_has_its_turn_and_deaths_are_rare() -> None:
     survived = [act.name for act in acts if not act.ends_vllm]
     assert set(survived[: len(SURVIVED)]) == set(SURVIVED)
     assert not any(act.ends_vllm for act in itertools.islice(draw(3, death_every=0), 50))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_first_death_leaves_an_arena_to_the_next_vllm(seed: int) -> None:
+    death = next(act for act in draw(seed) if act.ends_vllm)
+    assert death.name not in NEW_ARENA
+    assert not death.reset
 
 
 def written(path: Path, calls: int = 10_000, slow: int = 5, slow_us: float = 400.0, taken: bool = False) -> HookTimes:

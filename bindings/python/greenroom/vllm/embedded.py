@@ -27,7 +27,7 @@ from greenroom.errors import ConfigError
 from greenroom.vllm.settings import Settings
 
 START_TIMEOUT_S = 30.0
-"""How long a sidecar may take to answer on its socket: it registers its memory first."""
+"""How long a sidecar may take to answer on its socket: a machine that starts vLLM is busy."""
 STOP_TIMEOUT_S = 10.0
 """How long it may take to end once its pipe is closed."""
 POLL_S = 0.02
