@@ -60,8 +60,8 @@ from support.servers import (
 )
 
 ROUNDS = 9
-ROUNDS_MIN = 9
-"""Of nine, the second lowest and the second highest bound the median with 96 %."""
+"""The second lowest and the second highest bound the median with 96 %, and of eight, where one broke off, with 93 %."""
+ROUNDS_MIN = 8
 SECONDS = 3000.0
 BLOCK_S = 16.0
 """What a block is to take: of so many requests as the first ones say."""

@@ -362,7 +362,6 @@ impl Bench {
     fn one_step(&mut self) {
         self.step += 1;
         self.end_copies();
-        std::hint::black_box(self.sweep.iter().sum::<u64>());
         let running: usize = self.guests.iter().map(|guest| guest.blocks.len()).sum();
         let step = Step {
             // Each request goes on for a while.
@@ -431,6 +430,7 @@ impl Bench {
                 self.call_back(next);
                 next = (next + 7) % SESSIONS;
             }
+            std::hint::black_box(self.sweep.iter().sum::<u64>());
             self.one_step();
         }
         let timers = &mut self.timers;

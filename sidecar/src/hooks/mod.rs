@@ -44,8 +44,9 @@ use crate::planner::budget::PoolFacts;
 
 /// Bytes of one rank that one prefetch or save job moves at most: 2.6 ms of a PCIe 4 link.
 const CHUNK_BYTES: u64 = 64 << 20;
-/// Blocks of one such job at most: taking them and giving them back is work of one step each.
-const CHUNK_BLOCKS_MAX: u64 = 128;
+/// Blocks of one such job at most: taking them and giving them back is work of one step each. Only blocks of less than a
+/// MiB come to it.
+const CHUNK_BLOCKS_MAX: u64 = 64;
 /// Blocks of the pool that a step looks at or moves for waiting sessions, about, less those that it saves: each costs up to
 /// 0.3 µs in vLLM.
 const BUSY_STEP_BLOCKS: usize = 128;

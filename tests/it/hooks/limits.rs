@@ -310,7 +310,7 @@ fn a_fetch_does_not_evict_what_is_still_to_be_saved() {
 }
 
 /// Most blocks of one chunk, where blocks are as small as here.
-const CHUNK_BLOCKS: usize = 128;
+const CHUNK_BLOCKS: usize = 64;
 
 /// A step, and the blocks of the fetch that it ships: one at most, and none while another is in flight.
 fn step_of_fetches(engine: &mut Engine) -> usize {

@@ -63,7 +63,8 @@ class WorldOptions:
     """Rounds, on average, between two deaths of the sidecar; it is there again after some rounds. 0: it never dies."""
     death_rounds: tuple[int, int] = (0, 60)
     engine_death_every: int = 0
-    """Rounds, on average, between two deaths of an engine whose workers are processes; a new one takes its place."""
+    """Rounds, on average, between two deaths of an engine whose workers are processes, half as many or as many again; a
+    new one takes its place. In turns its workers die first, or its scheduler."""
     outlive_rounds: tuple[int, int] = (0, 30)
     """How long its workers outlive their scheduler."""
 
@@ -166,6 +167,8 @@ class World:
         self._rounds = 0
         self._at_once = 0
         self._sidecar_returns: int | None = None
+        self._workers_die_first = self._rng.random() < 0.5
+        self._plan_engine_death()
         self._agents = [self._new_agent() for _ in range(options.sessions)]
         self._by_request: dict[str, Agent] = {}
         self._kinds: dict[str, Callable[[], None]] = {
@@ -214,7 +217,7 @@ class World:
         self._copy_faults()
         if options.death_every:
             self._deaths(self._hints.sidecar)
-        if options.engine_death_every and rng.randrange(options.engine_death_every) == 0:
+        if options.engine_death_every and self._rounds >= self._engine_dies_at:
             self._engine_dies()
         self._bury(self._rounds)
         if rng.randrange(options.reset_every) == 0:
@@ -347,6 +350,10 @@ class World:
         self._sidecar_returns = None
         self._hints.sidecar.start()
 
+    def _plan_engine_death(self) -> None:
+        every = self.options.engine_death_every
+        self._engine_dies_at = self._rounds + self._rng.randint(every // 2, every * 3 // 2)
+
     def _engine_dies(self) -> None:
         """With all its requests, which come again; the worker processes before the scheduler, or after it."""
         if self._sidecar_returns is not None:
@@ -355,7 +362,9 @@ class World:
         dead = self.engine
         self.tally.events["batches_lost"] += dead.batches_out()
         self.count_figures()
-        if self._rng.random() < 0.5:
+        self._plan_engine_death()
+        self._workers_die_first = not self._workers_die_first
+        if self._workers_die_first:
             self.tally.events["workers_killed"] += 1
             dead.kill_workers()
             dead.kill_scheduler()
