@@ -48,7 +48,7 @@ from serving.report import say
 from support.completions import Ask, Completion
 from support.flood import prompt
 from support.make_model import DEMO
-from support.process import wait_until
+from support.process import ProcessFailed, wait_until
 from support.servers import (
     Connector,
     Sidecar,
@@ -370,12 +370,12 @@ def bars(made: Sequence[Comparison]) -> list[Bar]:
     return [Bar("greenroom ÷ without, lower 95 % bound of the throughput ratio", lower, RATIO_MIN, lower >= RATIO_MIN)]
 
 
-def reasons(blocks: Sequence[Block]) -> list[str]:
+def reasons(blocks: Sequence[Block], broken: Sequence[str]) -> list[str]:
     """Why the run proves nothing; empty if it is valid."""
     count = len(rounds(blocks))
     if count >= ROUNDS_MIN:
         return []
-    problems = sorted({block.problem for block in blocks if block.problem})
+    problems = [*broken, *sorted({block.problem for block in blocks if block.problem})]
     return [f"{count} valid rounds of {ROUNDS_MIN} wanted" + "".join(f"; {one}" for one in problems[:3])]
 
 
@@ -447,7 +447,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Block], list[str]]:
         try:
             with servers(number) as sides:
                 last = Bench(sides, number, options.seed).blocks()
-        except TimeoutError as error:
+        except (TimeoutError, ProcessFailed) as error:
             # The rounds before it are not lost.
             broken.append(f"round {number + 1}: {error}")
             say(f"  {broken[-1]}")
@@ -516,4 +516,4 @@ def main(options: argparse.Namespace) -> int:
     say("")
     say(table(blocks, made))
     say("")
-    return report.conclude(bars(made), reasons(blocks), content, options.json)
+    return report.conclude(bars(made), reasons(blocks, broken), content, options.json)

@@ -210,6 +210,8 @@ struct Bench {
     step: u64,
     requests: u64,
     sweep: Vec<u64>,
+    /// While steps are timed.
+    sweeps: bool,
 }
 
 impl Bench {
@@ -256,6 +258,7 @@ impl Bench {
             step: 0,
             requests: 0,
             sweep: vec![1; SWEEP_BYTES / size_of::<u64>()],
+            sweeps: false,
         };
         until("the engine is ready", || {
             bench.one_step();
@@ -362,6 +365,9 @@ impl Bench {
     fn one_step(&mut self) {
         self.step += 1;
         self.end_copies();
+        if self.sweeps {
+            std::hint::black_box(self.sweep.iter().sum::<u64>());
+        }
         let running: usize = self.guests.iter().map(|guest| guest.blocks.len()).sum();
         let step = Step {
             // Each request goes on for a while.
@@ -421,6 +427,7 @@ impl Bench {
     fn run(&mut self, scenario: Scenario, steps: u64) -> Result<Vec<Row>> {
         self.settle();
         self.timers = Timers::default();
+        self.sweeps = true;
         let mut next = 0;
         for step in 0..steps {
             if scenario != Scenario::Idle {
@@ -430,9 +437,9 @@ impl Bench {
                 self.call_back(next);
                 next = (next + 7) % SESSIONS;
             }
-            std::hint::black_box(self.sweep.iter().sum::<u64>());
             self.one_step();
         }
+        self.sweeps = false;
         let timers = &mut self.timers;
         let rows = [
             timers.plan.row(scenario, "plan"),

@@ -14,7 +14,9 @@ and start Claude Code against vLLM with one name for the session, which goes to 
 
     export GREENROOM_SESSION=$(uuidgen)
     export ANTHROPIC_CUSTOM_HEADERS="X-Session-ID: $GREENROOM_SESSION"
-    ANTHROPIC_BASE_URL=http://127.0.0.1:8000 claude
+    export ANTHROPIC_BASE_URL=http://127.0.0.1:8000 ANTHROPIC_AUTH_TOKEN=any
+    export ANTHROPIC_DEFAULT_{OPUS,SONNET,HAIKU}_MODEL=served-model-name
+    claude
 
 Environment: GREENROOM_URL (http://127.0.0.1:7411), GREENROOM_SESSION (else Claude Code's own session id),
 GREENROOM_TOKEN_FILE (none). The hook never fails and never holds a tool up for longer than TIMEOUT_S: a hint that is

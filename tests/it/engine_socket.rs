@@ -1,9 +1,11 @@
-//! The engine socket against strangers, floods and deaths: the offender is cut off, nobody else notices.
+//! The engine socket, and the HTTP port beside it, against strangers, floods and deaths: the offender is cut off, nobody
+//! else notices.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use greenroom_tests::engine::{Engine, chain};
 use greenroom_tests::sidecar::{Sidecar, until};
@@ -84,10 +86,15 @@ fn garbage_is_cut_off_and_nothing_is_lost_by_it() {
         stream.shutdown(Shutdown::Write).ok();
         assert!(closed(&stream), "round {round}");
         let mut client = TcpStream::connect(&http).unwrap();
+        client
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
         client.write_all(&bytes).ok();
         client.shutdown(Shutdown::Write).ok();
         // Answered or hung up on; either way it is over.
-        client.read_to_end(&mut Vec::new()).ok();
+        if let Err(error) = client.read_to_end(&mut Vec::new()) {
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset, "round {round}");
+        }
     }
     assert_eq!(sidecar.get("/v1/sessions/a")["blocks"]["host"], 40);
     evict(&mut engine, &mine);

@@ -196,6 +196,7 @@ def run(campaign: Campaign, seed: int, minutes: float) -> tuple[list[Sample], li
     """
     sampler, deaths_over, done = Sampler(campaign), threading.Event(), []
     sampler.start()
+    half_s = minutes * 30
     try:
         for act in acts(seed, deaths_over):
             elapsed = time.monotonic() - sampler.began
@@ -203,13 +204,14 @@ def run(campaign: Campaign, seed: int, minutes: float) -> tuple[list[Sample], li
                 break
             if elapsed > minutes * 20 and not deaths_over.is_set():
                 deaths_over.set()
+                half_s = max(half_s, elapsed)
                 fill(campaign.sidecar.url)
                 continue
             done.append({"at": round(elapsed, 1), "act": str(act)})
             campaign.round(act)
     finally:
         sampler.end()
-    return sampler.samples, done, minutes * 30
+    return sampler.samples, done, half_s
 
 
 def latency(tally: Tally) -> Row:

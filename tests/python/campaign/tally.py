@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from campaign.hook_times import Calls, HookTimes
+from campaign.plan import DEATHS
 from demo.stats import percentile
 from real_vllm.harness import Difference
 
@@ -131,7 +132,7 @@ def rows(tally: Tally, hooks: HookTimes) -> list[Row]:
         Row(
             "deaths of vLLM after which the next one hit what was saved before",
             str(tally.inherited),
-            tally.inherited > 0 if tally.vllm_starts else None,
+            tally.inherited > 0 if any(tally.acts[name] for name in DEATHS) else None,
         ),
         Row("starts of a sidecar, of vLLM", f"{tally.sidecar_starts}, {tally.vllm_starts}"),
         Row("sidecars that died for want of memory", str(tally.died_of_memory)),

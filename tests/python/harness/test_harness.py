@@ -131,7 +131,8 @@ def test_every_block_read_has_the_bytes_of_its_first_computation(
 @SCHEDULERS
 def test_two_ranks_whose_processes_are_killed(sidecar: Sidecar, seed: int, asynchronous: bool) -> None:
     engine = EngineOptions(asynchronous=asynchronous, ranks=2, processes=True)
-    turns = TURNS // 4
+    # A turn has two rounds: of 1,200 on, an engine dies in both ways.
+    turns = max(TURNS // 4, 600)
     happened = live(sidecar, seed, turns, engine, accidents(turns, engine_death_every=400))
     check(happened, turns, ("scheduler_killed", "workers_killed"))
 

@@ -63,8 +63,8 @@ class WorldOptions:
     """Rounds, on average, between two deaths of the sidecar; it is there again after some rounds. 0: it never dies."""
     death_rounds: tuple[int, int] = (0, 60)
     engine_death_every: int = 0
-    """Rounds, on average, between two deaths of an engine whose workers are processes, half as many or as many again; a
-    new one takes its place. In turns its workers die first, or its scheduler."""
+    """Rounds, on average, between two deaths of an engine whose workers are processes (from half to one and a half of
+    it); a new one takes its place. In turns its workers die first, or its scheduler."""
     outlive_rounds: tuple[int, int] = (0, 30)
     """How long its workers outlive their scheduler."""
 

@@ -24,7 +24,7 @@ from support.said import Head, head, wrongly_said
 
 GPU_HITS = "vllm:prefix_cache_hits_total"
 SIDECAR_START_S = 60
-"""The kernel clears tens of gigabytes for the largest arenas."""
+"""A machine that starts vLLM beside it is busy."""
 VLLM_START_S = 420
 PROGRESS_EVERY_S = 15
 

@@ -49,9 +49,10 @@ def test_every_act_has_its_turn_and_deaths_are_rare() -> None:
     assert not any(act.ends_vllm for act in itertools.islice(draw(3, death_every=0), 50))
 
 
-@pytest.mark.parametrize("seed", range(50))
-def test_the_first_death_leaves_an_arena_to_the_next_vllm(seed: int) -> None:
-    death = next(act for act in draw(seed) if act.ends_vllm)
+@pytest.mark.parametrize("every", [1, 3, DEATH_EVERY])
+@pytest.mark.parametrize("seed", range(20))
+def test_the_first_death_leaves_an_arena_to_the_next_vllm(seed: int, every: int) -> None:
+    death = next(act for act in draw(seed, death_every=every) if act.ends_vllm)
     assert death.name not in NEW_ARENA
     assert not death.reset
 
@@ -64,7 +65,8 @@ def written(path: Path, calls: int = 10_000, slow: int = 5, slow_us: float = 400
 
 def fine() -> Tally:
     tally = Tally(copies=3, running_ms=[10.0, 11.0, 30.0], stopped_ms=[55.0, 57.0, 70.0], stopped_waits_ms=[49.0])
-    tally.acts["kill_sidecar"] += 1
+    tally.acts.update(kill_sidecar=1, kill_worker=1)
+    tally.inherited = 1
     tally.turns.append(Turn(1.0, 20.0, 32, 64))
     tally.told.update({200: 5, 0: 2, 503: 1, 409: 1})
     return tally
@@ -85,6 +87,7 @@ SPOILT: dict[str, Callable[[Tally], object]] = {
     "near ties": lambda tally: tally.difference.near_ties.extend(["one", "two"]),
     "hung requests": lambda tally: tally.hung.append("turn1"),
     "failed requests": lambda tally: tally.failed.append("turn1"),
+    "hit what was saved before": lambda tally: setattr(tally, "inherited", 0),
     "leaked slots": lambda tally: setattr(tally, "slots_over", 1),
     "by status": lambda tally: tally.told.update({500: 1}),
     "a stopped sidecar costs": lambda tally: tally.stopped_ms.__setitem__(slice(None), [61.0, 62.0, 81.0]),
@@ -100,6 +103,12 @@ def test_what_is_wrong_is_noticed(named: str, tmp_path: Path) -> None:
     SPOILT[named](tally)
     (row,) = wrong(tally, written(tmp_path / "hooks"))
     assert named in row
+
+
+def test_where_no_vllm_died_none_inherits(tmp_path: Path) -> None:
+    tally = fine()
+    tally.inherited = tally.acts["kill_worker"] = 0
+    assert wrong(tally, written(tmp_path / "hooks")) == []
 
 
 def test_slots_that_are_left_are_leaks(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_client(client: greenroom.Client) -> None:
         assert back is not None
         assert back < 30_000
     assert client.session("agent")["tool"] is None
-    assert [one["id"] for one in client.sessions()] == ["agent"]
+    assert "agent" in [one["id"] for one in client.sessions()]
     # No engine has served it a turn yet.
     assert client.prefetch("agent", eta=1, priority=2)["outcome"] == "missing"
     assert client.pin("agent", ttl=5)["outcome"] == "missing"
@@ -83,11 +83,15 @@ def test_a_client_without_the_token_is_told_so(sidecar: Sidecar, token: str | No
 
 def test_claude_code_hook(sidecar: Sidecar, client: greenroom.Client, token_file: Path) -> None:
     env = {"GREENROOM_URL": sidecar.url, "GREENROOM_SESSION": "a b/ü", "GREENROOM_TOKEN_FILE": str(token_file)}
-    run_hook(event("PreToolUse", **TOOL), **env)
+
+    def tell(name: str, **fields: Any) -> None:
+        assert run_hook(event(name, **fields), **env, GREENROOM_DEBUG="1").stderr == b""
+
+    tell("PreToolUse", **TOOL)
     assert client.session("a b/ü")["tool"] == "Bash"
-    run_hook(event("PostToolUseFailure", **TOOL), **env)
+    tell("PostToolUseFailure", **TOOL)
     assert client.session("a b/ü")["tool"] is None
-    run_hook(event("SessionEnd"), **env)
+    tell("SessionEnd")
     with pytest.raises(errors.NotFound):
         client.session("a b/ü")
 

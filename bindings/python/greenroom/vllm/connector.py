@@ -1,8 +1,8 @@
 """``GreenroomConnector``, the class that vLLM drives.
 
 vLLM builds one for its scheduler and one for each worker, from the same configuration; both may live in one process.
-Each method hands over to the half it belongs to. Nothing here waits, retries or decides; the start
-of a private sidecar, before vLLM serves, is in ``embedded``.
+Each method hands over to the half it belongs to. Nothing here waits, retries or decides; ``embedded`` starts a private
+sidecar before vLLM serves.
 """
 
 from __future__ import annotations
