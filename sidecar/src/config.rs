@@ -435,4 +435,4 @@ impl ConfigError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -28,6 +28,8 @@ const PIN_TTL: Duration = Duration::from_secs(300);
 const PINS_PER_TARGET: usize = 16;
 /// Sessions or chains with pins.
 const PINNED_MAX: usize = 4096;
+/// Why an action on stored blocks did nothing.
+const NOT_STORED: &str = "nothing of it is stored";
 
 /// An envelope or a BatchAgent call that waits for engines.
 struct Open {
@@ -359,6 +361,14 @@ impl Actor {
                 None,
             );
         };
+        let found = |any: bool, blocks: u64, nothing: &str| {
+            let (outcome, detail) = if any {
+                (Outcome::Accepted, "")
+            } else {
+                (Outcome::Missing, nothing)
+            };
+            (say(outcome, detail, Some(blocks)), None)
+        };
         match action.verb {
             HintVerb::Prefetch => match key {
                 Some(key) => self.prefetch(key, action, now),
@@ -370,19 +380,7 @@ impl Actor {
             HintVerb::Pin => (self.pin((key, &chain, namespace), action, now), None),
             HintVerb::Unpin => {
                 let broken = self.unpin(&pinned_as(key, &chain));
-                let outcome = if broken > 0 {
-                    Outcome::Accepted
-                } else {
-                    Outcome::Missing
-                };
-                (
-                    say(
-                        outcome,
-                        if broken > 0 { "" } else { "nothing was pinned" },
-                        Some(broken),
-                    ),
-                    None,
-                )
+                found(broken > 0, broken, "nothing was pinned")
             }
             HintVerb::Retain => {
                 if let Some(key) = key {
@@ -393,33 +391,13 @@ impl Actor {
                     store.match_prefix(namespace, &chain)
                 });
                 // A session counts as used even while nothing of it is stored.
-                let (outcome, why) = match (stored, key) {
-                    (0, None) => (Outcome::Missing, "nothing of it is stored"),
-                    _ => (Outcome::Accepted, ""),
-                };
-                (say(outcome, why, Some(count(stored))), None)
+                found(key.is_some() || stored > 0, count(stored), NOT_STORED)
             }
             HintVerb::Demote => {
                 let demoted = self.with_store(namespace, |store, namespace| {
                     store.demote(namespace, &chain)
                 });
-                let outcome = if demoted > 0 {
-                    Outcome::Accepted
-                } else {
-                    Outcome::Missing
-                };
-                (
-                    say(
-                        outcome,
-                        if demoted > 0 {
-                            ""
-                        } else {
-                            "nothing of it is stored"
-                        },
-                        Some(count(demoted)),
-                    ),
-                    None,
-                )
+                found(demoted > 0, count(demoted), NOT_STORED)
             }
         }
     }

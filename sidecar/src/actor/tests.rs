@@ -4,8 +4,8 @@ use tokio::sync::mpsc::Receiver;
 
 use super::*;
 use crate::commands::{ToolEnd, ToolStart};
-use crate::config::memory::Memory;
-use crate::config::{Machine, Settings, Size};
+use crate::config::tests::machine;
+use crate::config::{Settings, Size};
 use crate::engine::frames::{Hashes, Role};
 use crate::engine::server;
 
@@ -13,20 +13,11 @@ const ENGINE: ConnectionId = ConnectionId(1);
 
 /// An actor with one engine, and the frames to that.
 fn with_an_engine(now: Instant) -> (Actor, Receiver<Vec<u8>>) {
-    let machine = Machine {
-        memory: Memory {
-            machine_free: 1 << 30,
-            cgroup: None,
-            huge_total: 0,
-            huge_free: 0,
-        },
-        socket: "unused".into(),
-    };
     let settings = Settings {
         memory: Some(Size(1 << 20)),
         ..Settings::default()
     };
-    let config = Config::resolve(settings, &machine).unwrap();
+    let config = Config::resolve(settings, &machine(1 << 30)).unwrap();
     let shared = Arc::new(Shared {
         boot_id: String::new(),
         engines: AtomicUsize::new(0),
@@ -48,38 +39,44 @@ fn with_an_engine(now: Instant) -> (Actor, Receiver<Vec<u8>>) {
     (actor, frames)
 }
 
-fn turn(actor: &mut Actor, turn: u64, now: Instant) {
-    let hashes = || Hashes(vec![BlockHash([7; 32])]);
-    let started = ToSidecar::TurnStarted {
-        turn,
-        request: turn.to_string(),
-        identity: Some("a".to_owned()),
-        hashes: hashes(),
-    };
-    actor.message(ENGINE, 10 * turn, started, now);
-    let ended = ToSidecar::TurnEnded {
-        turn,
-        hashes: hashes(),
-    };
-    actor.message(ENGINE, 10 * turn + 1, ended, now);
+fn session() -> SessionName {
+    SessionName::new("a").unwrap()
 }
 
-fn tool(actor: &mut Actor, now: Instant, ends: bool) {
-    let name = || SessionName::new("a").unwrap();
+fn turn(actor: &mut Actor, number: u64, now: Instant) {
+    let hashes = || Hashes(vec![BlockHash([7; 32])]);
+    let started = ToSidecar::TurnStarted {
+        turn: number,
+        request: number.to_string(),
+        identity: Some(session().as_str().to_owned()),
+        hashes: hashes(),
+    };
+    actor.message(ENGINE, 10 * number, started, now);
+    let ended = ToSidecar::TurnEnded {
+        turn: number,
+        hashes: hashes(),
+    };
+    actor.message(ENGINE, 10 * number + 1, ended, now);
+}
+
+fn tool_start(actor: &mut Actor, now: Instant) {
     let start = ToolStart {
         tool: "bash".to_owned(),
         call_id: None,
         detail: None,
         eta: None,
     };
-    actor.command(Command::ToolStart(name(), start, oneshot::channel().0), now);
-    if ends {
-        let end = ToolEnd {
-            call_id: None,
-            ok: None,
-        };
-        actor.command(Command::ToolEnd(name(), end, oneshot::channel().0), now);
-    }
+    let command = Command::ToolStart(session(), start, oneshot::channel().0);
+    actor.command(command, now);
+}
+
+fn tool_end(actor: &mut Actor, now: Instant) {
+    let end = ToolEnd {
+        call_id: None,
+        ok: None,
+    };
+    let command = Command::ToolEnd(session(), end, oneshot::channel().0);
+    actor.command(command, now);
 }
 
 /// Messages since the last call.
@@ -93,10 +90,11 @@ fn an_engine_whose_sessions_wait_is_told_nothing() {
     let start = Instant::now();
     let (mut actor, mut frames) = with_an_engine(start);
     turn(&mut actor, 1, start);
-    tool(&mut actor, start, true);
+    tool_start(&mut actor, start);
+    tool_end(&mut actor, start);
     // The session comes back as was said, and waits for its next tool.
     turn(&mut actor, 2, start);
-    tool(&mut actor, start, false);
+    tool_start(&mut actor, start);
     assert!(told(&mut frames) > 0);
     assert_eq!(actor.next_deadline(), None);
     actor.pass(start + Duration::from_secs(3600));
@@ -108,7 +106,8 @@ fn a_session_that_does_not_come_is_due_no_longer() {
     let start = Instant::now();
     let (mut actor, mut frames) = with_an_engine(start);
     turn(&mut actor, 1, start);
-    tool(&mut actor, start, true);
+    tool_start(&mut actor, start);
+    tool_end(&mut actor, start);
     told(&mut frames);
     let at = actor.next_deadline().unwrap();
     actor.pass(at - Duration::from_millis(1));

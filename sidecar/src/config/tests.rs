@@ -6,7 +6,8 @@ use proptest::prelude::*;
 
 const GIB: u64 = 1 << 30;
 
-fn machine(free: u64) -> Machine {
+/// A machine with so much free memory.
+pub(crate) fn machine(free: u64) -> Machine {
     Machine {
         memory: Memory {
             machine_free: free,
