@@ -271,7 +271,12 @@ impl Bench {
     fn sessions_wait(&mut self) -> Result<()> {
         for index in 0..self.chains.len() {
             self.session_turn(index);
-            self.settle();
+            let own = u64::from(OWN_BLOCKS) * u64_from(index + 1);
+            // Slots are granted after the turn is known: until then a tool would be that of the turn before.
+            until("the turn is saved", || {
+                self.one_step();
+                self.hooks.figures().saved_blocks == u64::from(SHARED_BLOCKS) + own
+            });
             let start = json!({"tool": "bash", "eta_ms": 600_000 + index * 1000});
             self.sidecar
                 .post(&format!("/v1/sessions/s{index}/tool_start"), &start);

@@ -2,16 +2,16 @@
 //! As in vLLM every call costs as much as the blocks it names, whatever the size of the pool.
 
 use std::cell::Cell;
-use std::collections::HashMap;
 
-use kvstore::{BlockHash, GpuBlock};
+use kvstore::{BlockHash, DigestMap, GpuBlock};
 use sidecar::hooks::{BlockUse, GpuPool, Published};
 
 /// See the module's text.
 pub struct SimPool {
     blocks: Vec<Block>,
     free: FreeList,
-    cache: HashMap<BlockHash, Vec<u32>>,
+    /// Hashes are digests: hashing them again would cost more than the hooks themselves.
+    cache: DigestMap<Vec<u32>>,
     /// Blocks handed out since the last question.
     handed_out: usize,
     /// Blocks that calls of the hooks have named since the last question.
@@ -85,7 +85,7 @@ impl SimPool {
         Self {
             blocks: vec![Block::default(); blocks as usize],
             free: FreeList::new(blocks),
-            cache: HashMap::new(),
+            cache: DigestMap::default(),
             handed_out: 0,
             touched: Cell::new(0),
         }

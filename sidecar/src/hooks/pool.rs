@@ -48,17 +48,73 @@ pub trait GpuPool {
     fn publish(&mut self, entries: &[Published]);
 }
 
+/// A block of a chain that is cached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Resident {
+    pub(super) block: GpuBlock,
+    pub(super) referenced: bool,
+}
+
+/// The cached block of each hash, if any. `last` says where they were the last time, where that is known, and is brought up
+/// to date: to ask blocks what they cache costs less than to search for hashes.
+pub(super) fn residents(
+    pool: &dyn GpuPool,
+    chain: &[BlockHash],
+    last: &mut [Option<GpuBlock>],
+) -> Vec<Option<Resident>> {
+    let known = known(last);
+    if !known.is_empty() && known.len() == chain.len() {
+        let uses = pool.uses(&known);
+        if uses
+            .iter()
+            .zip(chain)
+            .all(|(u, hash)| u.hash == Some(*hash))
+        {
+            let resident = |(block, u): (GpuBlock, BlockUse)| Resident {
+                block,
+                referenced: u.referenced,
+            };
+            return known
+                .into_iter()
+                .zip(uses)
+                .map(resident)
+                .map(Some)
+                .collect();
+        }
+    }
+    last.copy_from_slice(&pool.lookup(chain));
+    let found = self::known(last);
+    if found.is_empty() {
+        return vec![None; chain.len()];
+    }
+    let mut uses = pool.uses(&found).into_iter();
+    let resident = |block: &Option<GpuBlock>| {
+        Some(Resident {
+            block: (*block)?,
+            referenced: uses.next()?.referenced,
+        })
+    };
+    last.iter().map(resident).collect()
+}
+
+fn known(last: &[Option<GpuBlock>]) -> Vec<GpuBlock> {
+    let mut known = Vec::with_capacity(last.len());
+    known.extend(last.iter().flatten());
+    known
+}
+
 /// Evicts those blocks of a chain that nobody references.
 pub(super) fn evict(pool: &mut dyn GpuPool, chain: &[BlockHash]) {
-    let idle = idle(pool, chain);
+    let idle = idle(&residents(pool, chain, &mut vec![None; chain.len()]));
     if !idle.is_empty() {
         pool.evict(&idle);
     }
 }
 
-/// Moves the unreferenced ones among the cached blocks of a chain to the safe end of the free list, prefix safest.
-pub(super) fn requeue(pool: &mut dyn GpuPool, chain: &[BlockHash]) {
-    let mut idle = idle(pool, chain);
+/// Moves the unreferenced ones among the cached blocks of a chain to the safe end of the free list, prefix safest. `last`
+/// as in [`residents`].
+pub(super) fn requeue(pool: &mut dyn GpuPool, chain: &[BlockHash], last: &mut [Option<GpuBlock>]) {
+    let mut idle = idle(&residents(pool, chain, last));
     if !idle.is_empty() {
         pool.reference(&idle);
         idle.reverse();
@@ -66,12 +122,50 @@ pub(super) fn requeue(pool: &mut dyn GpuPool, chain: &[BlockHash]) {
     }
 }
 
-fn idle(pool: &dyn GpuPool, chain: &[BlockHash]) -> Vec<GpuBlock> {
-    let blocks: Vec<GpuBlock> = pool.lookup(chain).into_iter().flatten().collect();
-    let uses = pool.uses(&blocks);
-    blocks
-        .into_iter()
-        .zip(uses)
-        .filter_map(|(block, u)| (!u.referenced).then_some(block))
-        .collect()
+fn idle(residents: &[Option<Resident>]) -> Vec<GpuBlock> {
+    let mut idle = Vec::with_capacity(residents.len());
+    let residents = residents.iter().flatten();
+    idle.extend(residents.filter(|r| !r.referenced).map(|r| r.block));
+    idle
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testkit::StillPool;
+    use super::*;
+
+    #[test]
+    fn blocks_are_searched_for_where_they_are_not_any_more() {
+        let chain = [[1; 32], [2; 32]].map(BlockHash);
+        let block = |hash, referenced| BlockUse {
+            hash: Some(hash),
+            referenced,
+        };
+        let [first, second] = [block(chain[0], true), block(chain[1], false)];
+        let other = block(BlockHash([3; 32]), false);
+        let at = |number, u: BlockUse| {
+            Some(Resident {
+                block: GpuBlock(number),
+                referenced: u.referenced,
+            })
+        };
+        let mut last = [None; 2];
+        let mut look = |blocks: [BlockUse; 3]| {
+            let pool = StillPool {
+                blocks: blocks.to_vec(),
+                ..StillPool::default()
+            };
+            let found = residents(&pool, &chain, &mut last);
+            (found, pool.searched.get())
+        };
+        let here = vec![at(0, first), at(1, second)];
+        assert_eq!(look([first, second, other]), (here.clone(), 2));
+        assert_eq!(look([first, second, other]), (here, 0), "known");
+        let moved = vec![at(0, first), at(2, second)];
+        assert_eq!(look([first, other, second]), (moved.clone(), 2));
+        assert_eq!(look([first, other, second]), (moved, 0));
+        let gone = vec![None, at(2, second)];
+        assert_eq!(look([other, other, second]), (gone.clone(), 2));
+        assert_eq!(look([other, other, second]), (gone, 2), "it may come back");
+    }
 }

@@ -1,6 +1,7 @@
-//! Hooks by hand, for unit tests: a link that no thread serves, messages that do nothing but come, a pool without blocks.
+//! Hooks by hand, for unit tests: a link that no thread serves, messages that do nothing but come, a pool to look at.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -11,10 +12,15 @@ use crate::engine::client::Inbound;
 use crate::engine::frames::{HEADER_BYTES, ToEngine, ToSidecar, decode};
 use crate::sync::Receiver;
 
-/// A pool in which nothing is cached: the hooks only ask how large it is.
-struct Empty;
+/// A pool of these blocks, of which none is free.
+#[derive(Default)]
+pub(crate) struct StillPool {
+    pub(crate) blocks: Vec<BlockUse>,
+    /// Hashes that were searched for.
+    pub(crate) searched: Cell<usize>,
+}
 
-impl GpuPool for Empty {
+impl GpuPool for StillPool {
     fn total(&self) -> usize {
         8
     }
@@ -22,10 +28,15 @@ impl GpuPool for Empty {
         8
     }
     fn lookup(&self, hashes: &[BlockHash]) -> Vec<Option<GpuBlock>> {
-        vec![None; hashes.len()]
+        self.searched.update(|searched| searched + hashes.len());
+        let find = |hash: &BlockHash| self.blocks.iter().position(|u| u.hash == Some(*hash));
+        let found = hashes.iter().map(find);
+        found
+            .map(|at| at.map(|at| GpuBlock(u32::try_from(at).unwrap())))
+            .collect()
     }
-    fn uses(&self, _: &[GpuBlock]) -> Vec<BlockUse> {
-        unreachable!("nothing is cached")
+    fn uses(&self, blocks: &[GpuBlock]) -> Vec<BlockUse> {
+        blocks.iter().map(|b| self.blocks[b.index()]).collect()
     }
     fn free_list(&self, n: usize) -> Vec<Option<BlockHash>> {
         vec![None; n]
@@ -34,13 +45,13 @@ impl GpuPool for Empty {
         unreachable!("nothing is fetched")
     }
     fn reference(&mut self, _: &[GpuBlock]) {
-        unreachable!("nothing is cached")
+        unreachable!("nothing is moved")
     }
     fn release(&mut self, _: &[GpuBlock]) {
         unreachable!("nothing was taken")
     }
     fn evict(&mut self, _: &[GpuBlock]) {
-        unreachable!("nothing is cached")
+        unreachable!("nothing is moved")
     }
     fn publish(&mut self, _: &[Published]) {
         unreachable!("nothing was fetched")
@@ -95,5 +106,8 @@ pub(crate) fn step(hooks: &mut SchedulerHooks) {
         handed_out: 0,
         mode: StepMode::Idle,
     };
-    assert_eq!(hooks.plan(step, &mut Empty, Instant::now()), None);
+    assert_eq!(
+        hooks.plan(step, &mut StillPool::default(), Instant::now()),
+        None
+    );
 }

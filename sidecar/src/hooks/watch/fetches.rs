@@ -10,6 +10,7 @@ use kvstore::{BlockHash, GpuBlock, SlotId};
 use super::places::Place;
 use super::{Fetch, Findings, Prefetch, Return, View, Waiting, Watch};
 use crate::engine::frames::{WantOutcome, Wish};
+use crate::hooks::pool::{Resident, residents};
 use crate::hooks::turns::LeasedRun;
 use crate::planner::budget::{self, Admission, Demand};
 
@@ -86,15 +87,14 @@ impl Watch {
         } else {
             WINDOW_BLOCKS
         };
-        let found = view
-            .pool
-            .lookup(&waiting.chain[start..len.min(start + window)]);
+        let part = start..len.min(start + window);
+        let (chain, last) = (&waiting.chain[part.clone()], &mut waiting.last[part]);
+        let found = residents(view.pool, chain, last);
         view.touches.spend(found.len());
-        let resident: Vec<GpuBlock> = found.into_iter().map_while(|block| block).collect();
+        let resident: Vec<Resident> = found.into_iter().map_while(|block| block).collect();
         if !resident.is_empty() || start == len {
             view.touches.spend(resident.len());
-            let uses = view.pool.uses(&resident);
-            waiting.look.kept += uses.iter().filter(|u| !u.referenced).count();
+            waiting.look.kept += resident.iter().filter(|r| !r.referenced).count();
             waiting.look.seen += resident.len();
             return if waiting.look.seen == len {
                 Seen::All

@@ -153,12 +153,17 @@ impl Watch {
             let Some((key, end)) = next.or_else(|| Some((round.chosen.pop()?, usize::MAX))) else {
                 return;
             };
-            let Some(waiting) = self.table.get(&key) else {
+            let Some(waiting) = self.table.get_mut(&key) else {
                 continue;
             };
             let end = end.min(waiting.chain.len());
             let start = end.saturating_sub(PIECE_BLOCKS);
-            requeue(view.pool, &waiting.chain[start..end]);
+            let piece = start..end;
+            requeue(
+                view.pool,
+                &waiting.chain[piece.clone()],
+                &mut waiting.last[piece],
+            );
             view.touches.spend(2 * (end - start));
             if start > 0 {
                 self.round.moving = Some((key, start));

@@ -54,6 +54,8 @@ struct Waiting {
     expected: Option<Instant>,
     hold_until: Instant,
     chain: Vec<BlockHash>,
+    /// Where each of its blocks was when it was last looked at; it may have been evicted since.
+    last: Vec<Option<GpuBlock>>,
     run: Option<LeasedRun>,
     /// The lookup that is out, if any: its number, and the position that it starts from.
     asked: Option<(u64, usize)>,
@@ -292,6 +294,10 @@ impl Watch {
         let lease = old.as_ref().and_then(|w| w.run.as_ref());
         released.extend(lease.map(|run| run.lease));
         let loading = same && old.as_ref().is_some_and(|w| w.loading);
+        // A chain mostly begins as the one before it.
+        let last = old.as_mut().map(|w| std::mem::take(&mut w.last));
+        let mut last = last.unwrap_or_default();
+        last.resize(new.chain.len(), None);
         let waiting = Waiting {
             want: new.want,
             answered: false,
@@ -300,6 +306,7 @@ impl Watch {
             expected: new.expected,
             hold_until: new.hold_until,
             chain: new.chain,
+            last,
             run: new.lease,
             asked: None,
             look: Look::default(),
