@@ -201,43 +201,29 @@ fn two_chains_with_one_last_block_are_two_sessions() {
 }
 
 #[test]
-fn of_sessions_that_are_due_the_one_with_priority_comes_first() {
+fn of_sessions_that_are_due_the_one_with_priority_gets_the_room() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
-    let (low, high) = (session(40, 1), session(40, 2));
-    for (name, chain) in [("low", &low), ("high", &high)] {
-        turn_and_save(&mut engine, &sidecar, name, chain);
-        sidecar.post(
-            &format!("/v1/sessions/{name}/tool_start"),
-            &json!({"tool": "bash", "eta_ms": 600_000}),
-        );
-    }
-    engine.reserve = 100;
-    engine.flood(7, 200);
-    engine.reserve = 0;
-    // Nothing may come back before both hints are there.
-    engine.mode = StepMode::Paused;
+    let [low, high] = two_that_do_not_fit(&sidecar, &mut engine);
     let prefetch = |name: &str, priority: f64| {
         json!({
             "action_id": name, "action_type": "kv.prefetch", "action_version": "1.0",
             "payload": {"target": {"session_id": name}, "priority": priority},
         })
     };
-    let actions = [prefetch("low", 0.25), prefetch("high", 0.5)];
+    // The one without is due earlier, by little.
+    let actions = [prefetch("a", 0.25), prefetch("b", 0.5)];
     let envelope = json!({"protocol_version": "1.0", "message_id": "m", "actions": actions});
     sidecar.post("/v1/hints", &envelope);
-    hear(&mut engine);
-    engine.step();
-    assert_eq!(
-        (engine.pool.leading(&low), engine.pool.leading(&high)),
-        (0, 0)
-    );
-    engine.mode = StepMode::Busy;
-    until("the first is back", || {
+    until("the one with priority is back", || {
         engine.step();
-        engine.pool.leading(&high) == 40 || engine.pool.leading(&low) == 40
+        engine.pool.leading(&high) == 60
     });
-    assert!(engine.pool.leading(&low) < 40, "the one with priority");
+    for _ in 0..200 {
+        engine.step();
+    }
+    assert_eq!(engine.pool.leading(&high), 60, "and stays");
+    assert!(engine.pool.leading(&low) < 60, "there is no room for both");
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Fetches: sessions looked at in the order of their urgency, what is missing found, one chunk at a time chosen.
 //!
-//! A fetch takes its blocks off the head of the free list, never one that a session expected back no later still has
+//! A fetch takes its blocks off the head of the free list, never one that a session which does not come after it still has
 //! there (no ping-pong), and never below the reserve ([`budget::admit`]).
 
+use std::cmp::Reverse;
 use std::time::Instant;
 
 use kvstore::{BlockHash, GpuBlock, SlotId};
@@ -260,7 +261,8 @@ impl Watch {
     }
 
     /// How many of the blocks at the head of the free list may be taken for a session: up to the first that it needs
-    /// itself, or that belongs to another waiting session expected back no later. And whose that is.
+    /// itself, or that belongs to another waiting session that does not come after it: by priority, then by expected return,
+    /// as in [`Due`](super::Due). And whose that is.
     ///
     /// When a tool ends is a guess until it has: a session that is due now has to spare only those that are due, too,
     /// and is spared by those that are not, however long they are overdue.
@@ -269,6 +271,7 @@ impl Watch {
             return (0, None);
         };
         let due_now = |w: &Waiting| w.wish == Wish::Now && w.expected.is_some_and(|at| at <= now);
+        let order = |w: &Waiting| (Reverse(w.priority), Return(w.expected));
         let needed = |hash: &BlockHash, place: &Place| {
             let Some(other) = self.table.get(&place.session) else {
                 return false;
@@ -280,8 +283,7 @@ impl Watch {
                 && other.files(hash, place)
                 && other.expected.is_some()
                 && (other.wish == Wish::Now || !due_now(waiting))
-                && (Return(other.expected) <= Return(waiting.expected)
-                    || (due_now(other) && waiting.wish != Wish::Now))
+                && (order(other) <= order(waiting) || (due_now(other) && waiting.wish != Wish::Now))
         };
         let blocks = head.iter().enumerate();
         let mut blocked = blocks.filter_map(|(at, hash)| {

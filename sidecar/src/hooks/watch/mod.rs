@@ -276,6 +276,7 @@ impl Watch {
             && comes_back
             && old.as_ref().is_some_and(|w| {
                 (new.wish == Wish::Now || w.wish != Wish::Now)
+                    && new.priority >= w.priority
                     && Return(new.expected) <= Return(w.expected)
             });
         if !spares_the_same && old.as_ref().is_some_and(|w| w.wish.comes_back()) {
