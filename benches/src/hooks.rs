@@ -3,9 +3,10 @@
 //! The hooks are connected to a real sidecar in this process over its Unix socket; the pool is the simulated one of the
 //! process tests, whose calls cost as much as the blocks that they name. Between two steps a buffer larger than the near
 //! caches is read, as an engine's own work would push the hooks' data out. Times are those of single calls: wall clock,
-//! and the thread's processor time, which does not count what other processes take.
+//! and the thread's processor time, which does not count what other processes take. The kinds of traffic take turns, and of
+//! each figure the median of the rounds is said: a shared machine is slow for seconds at a time.
 //!
-//! `bench-hooks [--json FILE|-] [--seed N] [--steps N]`
+//! `bench-hooks [--json FILE|-] [--seed N] [--rounds N] [--steps N]`
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -44,25 +45,34 @@ const TOOL_END_STEPS: u64 = 12;
 const SWEEP_BYTES: usize = 8 << 20;
 
 fn main() -> Result<()> {
-    let options = Options::from_args(&[("steps", 5000)]);
+    let options = Options::from_args(&[("rounds", 9), ("steps", 1000)]);
     let mut bench = Bench::start(&options)?;
     bench.sessions_wait()?;
     let stored = bench.sidecar.get("/v1/status")["tiers"]["host"]["slots_used"].clone();
     options.say(&format!(
         "{SESSIONS} sessions wait, {stored} blocks stored; microseconds"
     ));
-    options.say("scenario              hook               calls  wall p50      p99   cpu p50      p99      max");
-    let mut rows = Vec::new();
-    for scenario in [
-        Scenario::Idle,
-        Scenario::Traffic,
-        Scenario::SavedTraffic,
-        Scenario::Prefetch,
-    ] {
-        for row in bench.run(scenario, options.number("steps"))? {
-            options.say(&row.line());
-            rows.push(row);
+    options
+        .say("scenario              hook            rounds  wall p50      p99   cpu p50      p99");
+    let mut rows: Vec<Row> = Vec::new();
+    for _ in 0..options.number("rounds") {
+        for scenario in Scenario::ALL {
+            for (hook, times) in bench.run(scenario, options.number("steps")) {
+                let same = |row: &&mut Row| row.scenario == scenario && row.hook == hook;
+                match rows.iter_mut().find(same) {
+                    Some(row) => row.rounds.push(times),
+                    None => rows.push(Row {
+                        scenario,
+                        hook,
+                        rounds: vec![times],
+                    }),
+                }
+            }
         }
+    }
+    rows.sort_by_key(|row| row.scenario);
+    for row in &rows {
+        options.say(&row.line());
     }
     let bars: Vec<Bar> = rows.iter().flat_map(Row::bars).collect();
     let bars = judge(&options, &bars);
@@ -77,7 +87,7 @@ fn main() -> Result<()> {
     }))
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Scenario {
     /// Steps in which nothing is new.
     Idle,
@@ -90,6 +100,13 @@ enum Scenario {
 }
 
 impl Scenario {
+    const ALL: [Self; 4] = [
+        Self::Idle,
+        Self::Traffic,
+        Self::SavedTraffic,
+        Self::Prefetch,
+    ];
+
     fn name(self) -> &'static str {
         match self {
             Self::Idle => "nothing new",
@@ -100,28 +117,39 @@ impl Scenario {
     }
 }
 
-/// One hook's times in one scenario, in microseconds.
+/// One hook's times in one scenario.
 struct Row {
     scenario: Scenario,
     hook: &'static str,
+    rounds: Vec<Times>,
+}
+
+/// Those of one round, in microseconds.
+struct Times {
     wall: Samples,
     cpu: Samples,
-    calls: usize,
 }
 
 impl Row {
+    /// The median of the rounds.
+    fn at(&self, clock: fn(&Times) -> &Samples, share: usize) -> f64 {
+        let rounds = self
+            .rounds
+            .iter()
+            .map(|times| clock(times).per_mille(share));
+        round(Samples::new(rounds.collect()).median())
+    }
+
     fn line(&self) -> String {
-        let at = |samples: &Samples, share| round(samples.per_mille(share));
         format!(
-            "{:<21} {:<15} {:>8} {:>9.2} {:>8.1} {:>9.2} {:>8.1} {:>8.1}",
+            "{:<21} {:<15} {:>6} {:>9.2} {:>8.1} {:>9.2} {:>8.1}",
             self.scenario.name(),
             self.hook,
-            self.calls,
-            at(&self.wall, 500),
-            at(&self.wall, 990),
-            at(&self.cpu, 500),
-            at(&self.cpu, 990),
-            at(&self.cpu, 1000)
+            self.rounds.len(),
+            self.at(|times| &times.wall, 500),
+            self.at(|times| &times.wall, 990),
+            self.at(|times| &times.cpu, 500),
+            self.at(|times| &times.cpu, 990),
         )
     }
 
@@ -129,23 +157,25 @@ impl Row {
         if self.hook != "plan" {
             return Vec::new();
         }
-        let bar = |name: &str, samples: &Samples, share, limit| Bar {
-            name: format!("plan, {}, us {name}", self.scenario.name()),
-            value: round(samples.per_mille(share)),
+        let bar = |name: &str, share, limit| Bar {
+            name: format!("plan, {}, us wall {name}", self.scenario.name()),
+            value: self.at(|times| &times.wall, share),
             limit: Limit::AtMost(limit),
         };
-        vec![
-            bar("wall P50", &self.wall, 500, 50.0),
-            bar("wall P99", &self.wall, 990, 200.0),
-        ]
+        vec![bar("P50", 500, 50.0), bar("P99", 990, 200.0)]
     }
 
     fn json(&self) -> Value {
+        let rounds = self.rounds.iter().map(|times| {
+            json!({
+                "wall_us": times.wall.json(),
+                "cpu_us": times.cpu.json(),
+            })
+        });
         json!({
             "scenario": self.scenario.name(),
             "hook": self.hook,
-            "wall_us": self.wall.json(),
-            "cpu_us": self.cpu.json(),
+            "rounds": rounds.collect::<Value>(),
         })
     }
 }
@@ -165,18 +195,11 @@ impl Timer {
         result
     }
 
-    fn row(&mut self, scenario: Scenario, hook: &'static str) -> Option<Row> {
-        let calls = self.wall.len();
-        let (wall, cpu) = (
-            std::mem::take(&mut self.wall),
-            std::mem::take(&mut self.cpu),
-        );
-        (calls > 0).then(|| Row {
-            scenario,
-            hook,
-            wall: Samples::new(wall),
-            cpu: Samples::new(cpu),
-            calls,
+    /// The times of a round, if there was a call.
+    fn times(self) -> Option<Times> {
+        (!self.wall.is_empty()).then(|| Times {
+            wall: Samples::new(self.wall),
+            cpu: Samples::new(self.cpu),
         })
     }
 }
@@ -429,7 +452,7 @@ impl Bench {
         });
     }
 
-    fn run(&mut self, scenario: Scenario, steps: u64) -> Result<Vec<Row>> {
+    fn run(&mut self, scenario: Scenario, steps: u64) -> Vec<(&'static str, Times)> {
         self.settle();
         self.timers = Timers::default();
         self.sweeps = true;
@@ -445,17 +468,20 @@ impl Bench {
             self.one_step();
         }
         self.sweeps = false;
-        let timers = &mut self.timers;
-        let rows = [
-            timers.plan.row(scenario, "plan"),
-            timers.copies_done.row(scenario, "copies_done"),
-            timers.turn_started.row(scenario, "turn_started"),
-            timers.turn_ended.row(scenario, "turn_ended"),
-        ];
+        let timers = std::mem::take(&mut self.timers);
         while let Some(guest) = self.guests.pop_front() {
             self.leave(guest);
         }
-        Ok(rows.into_iter().flatten().collect())
+        let hooks = [
+            ("plan", timers.plan),
+            ("copies_done", timers.copies_done),
+            ("turn_started", timers.turn_started),
+            ("turn_ended", timers.turn_ended),
+        ];
+        let times = hooks.into_iter();
+        times
+            .filter_map(|(hook, timer)| Some((hook, timer.times()?)))
+            .collect()
     }
 
     /// The turn under way fills blocks; when it has all of its own, the next one comes in and an old one leaves.
