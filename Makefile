@@ -64,11 +64,11 @@ install: wheel .venv/.ready ## the wheel, installed beside vLLM in .venv
 # ---- for developers
 
 .PHONY: test
-test: $(TOOLS)/.ready ## what CI runs: `check`, then what needs a real vLLM (50 minutes on 2 cores)
+test: $(TOOLS)/.ready ## what CI runs: `check`, the Rust tests as users build it, then what needs a real vLLM (50 minutes on 2 cores)
 	@# Installing vLLM is mostly waiting, the checks that do without it mostly computing.
 	mkdir -p $(BUILT)
 	$(MAKE) --no-print-directory venvs >$(BUILT)/venvs.log 2>&1 & venvs=$$!; trap 'kill $$venvs 2>/dev/null || true; wait || true' EXIT; \
-	  $(MAKE) --no-print-directory lint check-rust check-models check-python; \
+	  $(MAKE) --no-print-directory lint check-rust check-plain check-models check-python; \
 	  wait $$venvs || { cat $(BUILT)/venvs.log; exit 1; }
 	$(MAKE) --no-print-directory check-harness check-harness-next check-fuzz install install-026
 	.venv-026/bin/python -m pytest tests/python/unit -m vllm $(PYTEST_FLAGS)
@@ -87,17 +87,17 @@ lint: $(TOOLS)/.ready ## format and lints of Rust and Python, nothing is changed
 	if [ -d bindings/python ]; then cd bindings && ../$(TOOLS)/bin/mypy; fi
 
 .PHONY: check-rust
-check-rust: ## Rust tests, plain, then with `strict` and every fault point; those for GPUs on the stand-in driver
-	if cargo nextest --version >/dev/null 2>&1; then \
-	  cargo nextest run $(CARGO_FLAGS) && cargo nextest run $(CARGO_FLAGS) --features strict,faults; \
-	else \
-	  cargo test $(CARGO_FLAGS) --all-targets && cargo test $(CARGO_FLAGS) --all-targets --features strict,faults; \
-	fi
-	cargo test $(CARGO_FLAGS) --doc --quiet
+check-rust: ## Rust tests with `strict` and every fault point; those for GPUs on the stand-in driver
+	$(CARGO_TEST) --all-targets --features strict,faults
 	mkdir -p $(BUILT)/stand-in
 	ln -sf ../debug/deps/libstand_in_driver.so $(BUILT)/stand-in/libcuda.so.1
 	LD_LIBRARY_PATH=$(abspath $(BUILT)/stand-in) STAND_IN_PAGEABLE=1 REQUIRE_GPU=1 GREENROOM_ROUNDS=40 \
-	  cargo test $(CARGO_FLAGS) --quiet -p greenroom-tests --test gpu -- --skip layouts
+	  cargo test $(CARGO_FLAGS) --quiet -p greenroom-tests --features strict,faults --test gpu -- --skip layouts
+
+.PHONY: check-plain
+check-plain: ## the same tests, and those in the documentation, of the build that users get
+	$(CARGO_TEST) --all-targets
+	cargo test $(CARGO_FLAGS) --doc --quiet
 
 .PHONY: check-models
 check-models: ## the link's epoch word and the copy thread under thousands of interleavings (GREENROOM_SCHEDULES=n: more)

@@ -3,8 +3,8 @@
 //! The hooks are connected to a real sidecar in this process over its Unix socket; the pool is the simulated one of the
 //! process tests, whose calls cost as much as the blocks that they name. Between two steps a buffer larger than the near
 //! caches is read, as an engine's own work would push the hooks' data out. Times are those of single calls: wall clock,
-//! and the thread's processor time, which does not count what other processes take. The kinds of traffic take turns, and of
-//! each figure the median of the rounds is said: a shared machine is slow for seconds at a time.
+//! and the thread's processor time, which does not count what other processes take. The kinds of traffic take turns, and
+//! each figure is the median of its rounds: a shared machine is slow for seconds at a time.
 //!
 //! `bench-hooks [--json FILE|-] [--seed N] [--rounds N] [--steps N]`
 
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use greenroom_benches::{Bar, Limit, Options, Random, Result, Samples, judge, round, thread_cpu};
 use greenroom_tests::pool::SimPool;
 use greenroom_tests::sidecar::{Sidecar, until};
-use kvstore::{BlockHash, GpuBlock, u64_from};
+use kvstore::{BlockHash, GpuBlock, u64_from, usize_from};
 use serde_json::{Value, json};
 use sidecar::engine::client::WorkerLink;
 use sidecar::engine::frames::{Hello, Role};
@@ -41,6 +41,8 @@ const TRAFFIC_TURN_BLOCKS: u32 = 512;
 const TRAFFIC_TURNS: usize = 3;
 /// In the prefetch scenario a tool ends every so many steps.
 const TOOL_END_STEPS: u64 = 12;
+/// So many sessions are called back at a time; then the first of them waits for its next tool.
+const CALLED_BACK: usize = 5;
 /// Read between steps.
 const SWEEP_BYTES: usize = 8 << 20;
 
@@ -48,12 +50,13 @@ fn main() -> Result<()> {
     let options = Options::from_args(&[("rounds", 9), ("steps", 1000)]);
     let mut bench = Bench::start(&options)?;
     bench.sessions_wait()?;
-    let stored = bench.sidecar.get("/v1/status")["tiers"]["host"]["slots_used"].clone();
+    let stored = bench.stored();
     options.say(&format!(
         "{SESSIONS} sessions wait, {stored} blocks stored; microseconds"
     ));
-    options
-        .say("scenario              hook            rounds  wall p50      p99   cpu p50      p99");
+    options.say(
+        "scenario              hook            calls/round  wall p50      p99   cpu p50      p99",
+    );
     let mut rows: Vec<Row> = Vec::new();
     for _ in 0..options.number("rounds") {
         for scenario in Scenario::ALL {
@@ -82,6 +85,7 @@ fn main() -> Result<()> {
         "bars": bars,
         "sessions": SESSIONS,
         "stored_blocks": stored,
+        "stored_blocks_at_the_end": bench.stored(),
         "pool_blocks": POOL_BLOCKS,
         "chain_blocks": SHARED_BLOCKS + OWN_BLOCKS,
     }))
@@ -128,6 +132,7 @@ struct Row {
 struct Times {
     wall: Samples,
     cpu: Samples,
+    calls: usize,
 }
 
 impl Row {
@@ -141,11 +146,12 @@ impl Row {
     }
 
     fn line(&self) -> String {
+        let calls: usize = self.rounds.iter().map(|times| times.calls).sum();
         format!(
-            "{:<21} {:<15} {:>6} {:>9.2} {:>8.1} {:>9.2} {:>8.1}",
+            "{:<21} {:<15} {:>11} {:>9.2} {:>8.1} {:>9.2} {:>8.1}",
             self.scenario.name(),
             self.hook,
-            self.rounds.len(),
+            calls / self.rounds.len(),
             self.at(|times| &times.wall, 500),
             self.at(|times| &times.wall, 990),
             self.at(|times| &times.cpu, 500),
@@ -197,7 +203,9 @@ impl Timer {
 
     /// The times of a round, if there was a call.
     fn times(self) -> Option<Times> {
-        (!self.wall.is_empty()).then(|| Times {
+        let calls = self.wall.len();
+        (calls > 0).then(|| Times {
+            calls,
             wall: Samples::new(self.wall),
             cpu: Samples::new(self.cpu),
         })
@@ -235,6 +243,9 @@ struct Bench {
     sweep: Vec<u64>,
     /// While steps are timed.
     sweeps: bool,
+    /// The next session to be called back, and those that are.
+    next: u32,
+    called_back: VecDeque<u32>,
 }
 
 impl Bench {
@@ -282,6 +293,8 @@ impl Bench {
             requests: 0,
             sweep: vec![1; SWEEP_BYTES / size_of::<u64>()],
             sweeps: false,
+            next: 0,
+            called_back: VecDeque::new(),
         };
         until("the engine is ready", || {
             bench.one_step();
@@ -292,17 +305,15 @@ impl Bench {
 
     /// Every session has a turn, is saved, and waits for a tool.
     fn sessions_wait(&mut self) -> Result<()> {
-        for index in 0..self.chains.len() {
+        for index in 0..SESSIONS {
             self.session_turn(index);
-            let own = u64::from(OWN_BLOCKS) * u64_from(index + 1);
+            let own = u64::from(OWN_BLOCKS) * u64::from(index + 1);
             // Slots are granted after the turn is known: until then a tool would be that of the turn before.
-            until("the turn is saved", || {
+            until("the turn's saves are shipped", || {
                 self.one_step();
-                self.hooks.figures().saved_blocks == u64::from(SHARED_BLOCKS) + own
+                self.hooks.figures().saved_blocks >= u64::from(SHARED_BLOCKS) + own
             });
-            let start = json!({"tool": "bash", "eta_ms": 600_000 + index * 1000});
-            self.sidecar
-                .post(&format!("/v1/sessions/s{index}/tool_start"), &start);
+            self.tool_starts(index, 600_000 + index * 1000);
         }
         until("every session waits", || {
             self.one_step();
@@ -313,8 +324,8 @@ impl Bench {
     }
 
     /// The whole turn of a session: what the pool does not have is computed (or would be loaded: the same to the pool).
-    fn session_turn(&mut self, index: usize) {
-        let chain = self.chains[index].clone();
+    fn session_turn(&mut self, index: u32) {
+        let chain = self.chains[usize_from(index)].clone();
         self.requests += 1;
         let request = format!("request-{}", self.requests);
         let name = format!("s{index}");
@@ -442,6 +453,8 @@ impl Bench {
     fn settle(&mut self) {
         let mut quiet = 0;
         until("copies have settled", || {
+            // What the sidecar has to say comes before this answer.
+            self.stored();
             self.one_step();
             quiet = if self.hooks.pending(false) {
                 0
@@ -456,18 +469,19 @@ impl Bench {
         self.settle();
         self.timers = Timers::default();
         self.sweeps = true;
-        let mut next = 0;
         for step in 0..steps {
             if scenario != Scenario::Idle {
                 self.traffic(scenario);
             }
             if scenario == Scenario::Prefetch && step % TOOL_END_STEPS == 0 {
-                self.call_back(next);
-                next = (next + 7) % SESSIONS;
+                self.call_back();
             }
             self.one_step();
         }
         self.sweeps = false;
+        while let Some(index) = self.called_back.pop_front() {
+            self.tool_starts(index, 600_000);
+        }
         let timers = std::mem::take(&mut self.timers);
         while let Some(guest) = self.guests.pop_front() {
             self.leave(guest);
@@ -520,14 +534,29 @@ impl Bench {
         }
     }
 
-    /// A session's tool ends; that of the one called back long before starts again.
-    fn call_back(&mut self, index: u32) {
-        let past = (index + SESSIONS - 35) % SESSIONS;
-        let start = json!({"tool": "bash", "eta_ms": 600_000});
-        self.sidecar
-            .post(&format!("/v1/sessions/s{past}/tool_start"), &start);
+    /// One more session's tool has ended.
+    fn call_back(&mut self) {
+        let index = self.next;
+        self.next = (self.next + 7) % SESSIONS;
         self.sidecar
             .post(&format!("/v1/sessions/s{index}/tool_end"), &json!({}));
+        self.called_back.push_back(index);
+        if self.called_back.len() > CALLED_BACK
+            && let Some(index) = self.called_back.pop_front()
+        {
+            self.tool_starts(index, 600_000);
+        }
+    }
+
+    fn tool_starts(&self, index: u32, eta_ms: u32) {
+        let start = json!({"tool": "bash", "eta_ms": eta_ms});
+        self.sidecar
+            .post(&format!("/v1/sessions/s{index}/tool_start"), &start);
+    }
+
+    /// Blocks in the arena.
+    fn stored(&self) -> Value {
+        self.sidecar.get("/v1/status")["tiers"]["host"]["slots_used"].clone()
     }
 }
 

@@ -293,7 +293,7 @@ pub struct CompatHintBody {
     pub job_id: String,
     /// The key under which the answer is given.
     pub kv_key: String,
-    /// BatchAgent derives it from `eta_seconds`; Greenroom orders by the latter.
+    /// BatchAgent derives it from `eta_seconds`. Of jobs that are due the higher comes first; before, the nearer one does.
     pub priority: Option<f64>,
     /// Expected time until use, 0 to 7 days.
     pub eta_seconds: Option<f64>,

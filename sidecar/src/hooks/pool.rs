@@ -55,14 +55,14 @@ pub(super) struct Resident {
     pub(super) referenced: bool,
 }
 
-/// The cached block of each hash, if any. `last` says where they were the last time, where that is known, and is brought up
-/// to date: to ask blocks what they cache costs less than to search for hashes.
+/// The cached block of each hash, if any. `last` says where they were the last time, where that is known, and is brought
+/// up to date: to ask blocks what they cache costs less than to search for hashes.
 pub(super) fn residents(
     pool: &dyn GpuPool,
     chain: &[BlockHash],
     last: &mut [Option<GpuBlock>],
 ) -> Vec<Option<Resident>> {
-    let known = known(last);
+    let known = those_known(last);
     if !known.is_empty() && known.len() == chain.len() {
         let uses = pool.uses(&known);
         if uses
@@ -83,7 +83,7 @@ pub(super) fn residents(
         }
     }
     last.copy_from_slice(&pool.lookup(chain));
-    let found = self::known(last);
+    let found = those_known(last);
     if found.is_empty() {
         return vec![None; chain.len()];
     }
@@ -97,7 +97,7 @@ pub(super) fn residents(
     last.iter().map(resident).collect()
 }
 
-fn known(last: &[Option<GpuBlock>]) -> Vec<GpuBlock> {
+fn those_known(last: &[Option<GpuBlock>]) -> Vec<GpuBlock> {
     let mut known = Vec::with_capacity(last.len());
     known.extend(last.iter().flatten());
     known
@@ -111,8 +111,8 @@ pub(super) fn evict(pool: &mut dyn GpuPool, chain: &[BlockHash]) {
     }
 }
 
-/// Moves the unreferenced ones among the cached blocks of a chain to the safe end of the free list, prefix safest. `last`
-/// as in [`residents`].
+/// Moves the unreferenced ones among the cached blocks of a chain to the safe end of the free list, prefix safest.
+/// `last`: as in [`residents`].
 pub(super) fn requeue(pool: &mut dyn GpuPool, chain: &[BlockHash], last: &mut [Option<GpuBlock>]) {
     let mut idle = idle(&residents(pool, chain, last));
     if !idle.is_empty() {

@@ -12,7 +12,7 @@ use crate::engine::client::Inbound;
 use crate::engine::frames::{HEADER_BYTES, ToEngine, ToSidecar, decode};
 use crate::sync::Receiver;
 
-/// A pool of these blocks, of which none is free.
+/// A pool that is only looked at: nothing in it moves.
 #[derive(Default)]
 pub(crate) struct StillPool {
     pub(crate) blocks: Vec<BlockUse>,

@@ -211,7 +211,7 @@ fn of_sessions_that_are_due_the_one_with_priority_gets_the_room() {
             "payload": {"target": {"session_id": name}, "priority": priority},
         })
     };
-    // The one without is due earlier, by little.
+    // The lower one is due earlier by a hair: its hint comes first.
     let actions = [prefetch("a", 0.25), prefetch("b", 0.5)];
     let envelope = json!({"protocol_version": "1.0", "message_id": "m", "actions": actions});
     sidecar.post("/v1/hints", &envelope);
@@ -223,7 +223,32 @@ fn of_sessions_that_are_due_the_one_with_priority_gets_the_room() {
         engine.step();
     }
     assert_eq!(engine.pool.leading(&high), 60, "and stays");
-    assert!(engine.pool.leading(&low) < 60, "there is no room for both");
+}
+
+#[test]
+fn a_session_that_is_due_is_not_robbed_by_one_with_priority_that_is_not() {
+    let sidecar = Sidecar::start(MEMORY);
+    let mut engine = Engine::start(&sidecar, "e", 100);
+    let [mine, later] = two_that_do_not_fit(&sidecar, &mut engine);
+    let action = json!({
+        "action_id": "later", "action_type": "kv.prefetch", "action_version": "1.0",
+        "payload": {"target": {"session_id": "b"}, "priority": 1.0, "eta_ms": 600_000},
+    });
+    let envelope = json!({"protocol_version": "1.0", "message_id": "m", "actions": [action]});
+    sidecar.post("/v1/hints", &envelope);
+    until("b, which has priority later, is back", || {
+        engine.step();
+        engine.pool.leading(&later) == 60
+    });
+    sidecar.post("/v1/sessions/a/tool_end", &json!({}));
+    until("a, which is due, is back", || {
+        engine.step();
+        engine.pool.leading(&mine) == 60
+    });
+    for _ in 0..200 {
+        engine.step();
+    }
+    assert_eq!(engine.pool.leading(&mine), 60, "and stays");
 }
 
 #[test]
@@ -255,6 +280,9 @@ fn two_that_do_not_fit(sidecar: &Sidecar, engine: &mut Engine) -> [Vec<kvstore::
         turn_and_save(engine, sidecar, name, mine);
     }
     engine.flood(7, 200);
+    for chain in &chains {
+        assert_eq!(engine.pool.leading(chain), 0, "evicted");
+    }
     chains
 }
 

@@ -1,7 +1,7 @@
 //! Fetches: sessions looked at in the order of their urgency, what is missing found, one chunk at a time chosen.
 //!
-//! A fetch takes its blocks off the head of the free list, never one that a session which does not come after it still has
-//! there (no ping-pong), and never below the reserve ([`budget::admit`]).
+//! A fetch takes its blocks off the head of the free list, never one of a session that comes before it or level with it
+//! (no ping-pong), and never below the reserve ([`budget::admit`]).
 
 use std::cmp::Reverse;
 use std::time::Instant;
@@ -261,17 +261,21 @@ impl Watch {
     }
 
     /// How many of the blocks at the head of the free list may be taken for a session: up to the first that it needs
-    /// itself, or that belongs to another waiting session that does not come after it: by priority, then by expected return,
-    /// as in [`Due`](super::Due). And whose that is.
+    /// itself, or that belongs to another waiting session that comes before it or level with it. And whose that is.
     ///
-    /// When a tool ends is a guess until it has: a session that is due now has to spare only those that are due, too,
-    /// and is spared by those that are not, however long they are overdue.
+    /// When a tool ends is a guess until it has: a session that is due now comes before those that are not, however long
+    /// they are overdue. Of those that are due the higher priority comes first, then, as of the others, the nearest
+    /// expected return. At any moment that is one order, so no sessions take each other's blocks in turns.
     fn spared(&self, key: u64, head: &[Option<BlockHash>], now: Instant) -> (usize, Option<u64>) {
         let Some(waiting) = self.table.get(&key) else {
             return (0, None);
         };
-        let due_now = |w: &Waiting| w.wish == Wish::Now && w.expected.is_some_and(|at| at <= now);
-        let order = |w: &Waiting| (Reverse(w.priority), Return(w.expected));
+        let rank = |w: &Waiting| {
+            let due = w.wish == Wish::Now && w.expected.is_some_and(|at| at <= now);
+            let priority = if due { w.priority } else { 0 };
+            (!due, Reverse(priority), Return(w.expected))
+        };
+        let own_rank = rank(waiting);
         let needed = |hash: &BlockHash, place: &Place| {
             let Some(other) = self.table.get(&place.session) else {
                 return false;
@@ -282,8 +286,7 @@ impl Watch {
             other.wish.comes_back()
                 && other.files(hash, place)
                 && other.expected.is_some()
-                && (other.wish == Wish::Now || !due_now(waiting))
-                && (order(other) <= order(waiting) || (due_now(other) && waiting.wish != Wish::Now))
+                && rank(other) <= own_rank
         };
         let blocks = head.iter().enumerate();
         let mut blocked = blocks.filter_map(|(at, hash)| {
