@@ -453,12 +453,12 @@ impl Bench {
     fn settle(&mut self) {
         let mut quiet = 0;
         until("copies have settled", || {
-            // What the sidecar has to say comes before this answer.
-            self.stored();
             self.one_step();
             quiet = if self.hooks.pending(false) {
                 0
             } else {
+                // What the sidecar has to say comes before this answer.
+                self.stored();
                 quiet + 1
             };
             quiet > 3

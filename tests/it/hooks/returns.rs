@@ -204,7 +204,7 @@ fn two_chains_with_one_last_block_are_two_sessions() {
 fn of_sessions_that_are_due_the_one_with_priority_gets_the_room() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
-    let [low, high] = two_that_do_not_fit(&sidecar, &mut engine);
+    let [_, high] = two_that_do_not_fit(&sidecar, &mut engine);
     let prefetch = |name: &str, priority: f64| {
         json!({
             "action_id": name, "action_type": "kv.prefetch", "action_version": "1.0",
