@@ -205,24 +205,10 @@ fn of_sessions_that_are_due_the_one_with_priority_gets_the_room() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let [_, high] = two_that_do_not_fit(&sidecar, &mut engine);
-    let prefetch = |name: &str, priority: f64| {
-        json!({
-            "action_id": name, "action_type": "kv.prefetch", "action_version": "1.0",
-            "payload": {"target": {"session_id": name}, "priority": priority},
-        })
-    };
     // The lower one is due earlier by a hair: its hint comes first.
-    let actions = [prefetch("a", 0.25), prefetch("b", 0.5)];
-    let envelope = json!({"protocol_version": "1.0", "message_id": "m", "actions": actions});
-    sidecar.post("/v1/hints", &envelope);
-    until("the one with priority is back", || {
-        engine.step();
-        engine.pool.leading(&high) == 60
-    });
-    for _ in 0..200 {
-        engine.step();
-    }
-    assert_eq!(engine.pool.leading(&high), 60, "and stays");
+    prefetch(&sidecar, &[("a", 0.25, 0), ("b", 0.5, 0)]);
+    comes_back(&mut engine, &high);
+    stays(&mut engine, &high);
 }
 
 #[test]
@@ -230,25 +216,37 @@ fn a_session_that_is_due_is_not_robbed_by_one_with_priority_that_is_not() {
     let sidecar = Sidecar::start(MEMORY);
     let mut engine = Engine::start(&sidecar, "e", 100);
     let [mine, later] = two_that_do_not_fit(&sidecar, &mut engine);
-    let action = json!({
-        "action_id": "later", "action_type": "kv.prefetch", "action_version": "1.0",
-        "payload": {"target": {"session_id": "b"}, "priority": 1.0, "eta_ms": 600_000},
-    });
-    let envelope = json!({"protocol_version": "1.0", "message_id": "m", "actions": [action]});
-    sidecar.post("/v1/hints", &envelope);
-    until("b, which has priority later, is back", || {
-        engine.step();
-        engine.pool.leading(&later) == 60
-    });
+    prefetch(&sidecar, &[("b", 1.0, 600_000)]);
+    comes_back(&mut engine, &later);
     sidecar.post("/v1/sessions/a/tool_end", &json!({}));
-    until("a, which is due, is back", || {
-        engine.step();
-        engine.pool.leading(&mine) == 60
+    comes_back(&mut engine, &mine);
+    stays(&mut engine, &mine);
+}
+
+/// Hints in one message: (session, priority, milliseconds until it is due).
+fn prefetch(sidecar: &Sidecar, hints: &[(&str, f64, u64)]) {
+    let actions = hints.iter().map(|(session, priority, eta_ms)| {
+        json!({
+            "action_id": session, "action_type": "kv.prefetch", "action_version": "1.0",
+            "payload": {"target": {"session_id": session}, "priority": priority, "eta_ms": eta_ms},
+        })
     });
+    let envelope = json!({"protocol_version": "1.0", "message_id": "m", "actions": actions.collect::<serde_json::Value>()});
+    sidecar.post("/v1/hints", &envelope);
+}
+
+fn comes_back(engine: &mut Engine, chain: &[kvstore::BlockHash]) {
+    until("the session is back", || {
+        engine.step();
+        engine.pool.leading(chain) == chain.len()
+    });
+}
+
+fn stays(engine: &mut Engine, chain: &[kvstore::BlockHash]) {
     for _ in 0..200 {
         engine.step();
     }
-    assert_eq!(engine.pool.leading(&mine), 60, "and stays");
+    assert_eq!(engine.pool.leading(chain), chain.len(), "it stays");
 }
 
 #[test]
@@ -295,22 +293,13 @@ fn a_session_that_is_due_is_not_robbed_by_one_that_is_overdue() {
         "/v1/sessions/b/tool_start",
         &json!({"tool": "bash", "eta_ms": 1}),
     );
-    until("b, which is overdue, is back", || {
-        engine.step();
-        engine.pool.leading(&other) == 60
-    });
+    comes_back(&mut engine, &other);
     sidecar.post("/v1/sessions/a/tool_end", &json!({}));
-    until("a, which is due, is back", || {
-        engine.step();
-        engine.pool.leading(&mine) == 60
-    });
+    comes_back(&mut engine, &mine);
     engine.settle();
     // Something moves, and both are looked at again.
     engine.flood(100, 20);
-    until("a is there again", || {
-        engine.step();
-        engine.pool.leading(&mine) == 60
-    });
+    comes_back(&mut engine, &mine);
     engine.settle();
     let fetched = engine.hooks.figures().prefetch_blocks;
     for _ in 0..1000 {
@@ -328,10 +317,7 @@ fn a_session_that_waits_for_a_tool_again_makes_room_for_one_that_is_due() {
     let mut engine = Engine::start(&sidecar, "e", 100);
     let [mine, other] = two_that_do_not_fit(&sidecar, &mut engine);
     sidecar.post("/v1/sessions/a/tool_end", &json!({}));
-    until("a is back", || {
-        engine.step();
-        engine.pool.leading(&mine) == 60
-    });
+    comes_back(&mut engine, &mine);
     sidecar.post("/v1/sessions/b/tool_end", &json!({}));
     sidecar.get("/v1/status");
     engine.settle();
@@ -340,10 +326,7 @@ fn a_session_that_waits_for_a_tool_again_makes_room_for_one_that_is_due() {
         "/v1/sessions/a/tool_start",
         &json!({"tool": "bash", "eta_ms": 60_000}),
     );
-    until("b is back", || {
-        engine.step();
-        engine.pool.leading(&other) == 60
-    });
+    comes_back(&mut engine, &other);
 }
 
 #[test]
